@@ -4,7 +4,8 @@
     datafree.save(result, "out")                         # an artefact folder that explains itself and reloads
     model = datafree.load("out").module
 
-The names below are imported on first use, so that `import datafree` (and the command line) does not import torch.
+The names below are imported on first use, so that `import datafree` (and the command line) does not import
+torch.
 """
 
 from __future__ import annotations
@@ -16,13 +17,18 @@ if TYPE_CHECKING:
     from datafree.artefact import Artefact, load, save
     from datafree.pipeline import run
 
-__version__ = "0.1.0"
+    __version__: str
+
 __all__ = ["Artefact", "__version__", "load", "run", "save"]
 
 _HOME = {"Artefact": "artefact", "load": "artefact", "save": "artefact", "run": "pipeline"}
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("datafree")
     if name not in _HOME:
         raise AttributeError(f"module 'datafree' has no attribute {name!r}")
     return getattr(importlib.import_module(f"datafree.{_HOME[name]}"), name)

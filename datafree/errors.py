@@ -6,7 +6,7 @@ from typing import ClassVar
 
 
 class DatafreeError(Exception):
-    """Base of every error `datafree` raises on purpose; the message says what, where, why and how to fix it."""
+    """Base of every error `datafree` raises on purpose: what, where, why and how to fix it."""
 
     exit_code: ClassVar[int] = 1
 

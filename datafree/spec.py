@@ -1,8 +1,9 @@
 """The base of every section of a recipe, and how a recipe's text becomes a path.
 
-A section's class stands beside the code that uses it (`models.ParentSpec`, `images.ImageSpec`, ...), derives from
-`Spec`, and is composed by `recipe.Recipe`. Paths stay text in a section, so that a resolved recipe reads the same on
-every machine; whoever opens the file calls `resolve_path(text, base)` with the recipe's folder as `base`.
+A section's class stands beside the code that uses it (`models.ParentSpec`, `images.ImageSpec`, ...),
+derives from `Spec`, and is composed by `recipe.Recipe`. Paths stay text in a section, so that a resolved
+recipe reads the same on every machine; whoever opens the file calls `resolve_path(text, base)` with the
+recipe's folder as `base`.
 """
 
 from __future__ import annotations
@@ -20,16 +21,18 @@ _VARIABLE = re.compile(r"\$\{([^}]*)\}")
 
 
 class Spec(pydantic.BaseModel):
-    """A section of a recipe: immutable, without unknown keys, without NaN or infinity, defaults checked as well."""
+    """A section of a recipe: immutable, without unknown keys, NaN or infinity; defaults are checked too."""
 
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
+    model_config = pydantic.ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True
+    )
 
 
 def expand_variables(text: str, base: Path) -> str:
     """`text` with each `${NAME}` replaced by the environment's value.
 
-    `${DATAFREE_DATA}` alone has a default: the folder `shared` beside the project, `base/../../shared` for a recipe in
-    `recipes/`. Raises UsageError for any other variable that is not set, or set to nothing.
+    `${DATAFREE_DATA}` alone has a default: the folder `shared` beside the project, `base/../../shared` for
+    a recipe in `recipes/`. Raises UsageError for any other variable that is not set, or set to nothing.
     """
 
     def value(match: re.Match[str]) -> str:
@@ -50,6 +53,7 @@ def expand_variables(text: str, base: Path) -> str:
 def resolve_path(text: str, base: Path) -> Path:
     """The absolute path that `text` names in a recipe lying in folder `base`; the file need not exist.
 
-    Variables are expanded (see `expand_variables`), `~` is the home folder, a relative path starts from `base`.
+    Variables are expanded (see `expand_variables`), `~` is the home folder, a relative path starts from
+    `base`.
     """
     return (base / Path(expand_variables(text, base)).expanduser()).resolve()

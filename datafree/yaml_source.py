@@ -1,7 +1,8 @@
-"""Recipe text to plain data, with the place of every key remembered, so that every later error can point at it.
+"""Recipe text to plain data, with the place of every key remembered, so that every later error can point at
+it.
 
-Safe loading only (no tags that build objects), and the scalars of YAML 1.2's core schema: `1e-3` is a number and `no`
-is a word, unlike PyYAML's default. Repeated keys are an error, unlike PyYAML's default.
+Safe loading only (no tags that build objects), and the scalars of YAML 1.2's core schema: `1e-3` is a
+number and `no` is a word, unlike PyYAML's default. Repeated keys are an error, unlike PyYAML's default.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -32,8 +33,13 @@ _SCALARS: tuple[tuple[str, re.Pattern[str], str | None], ...] = (
 )
 
 
+_PLAIN = {
+    f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "seq", "map", "merge")
+}
+
+
 class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers = {}
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
 
 
 class _Dumper(yaml.SafeDumper):
@@ -78,7 +84,9 @@ def spell(key: Key) -> str:
 
 
 def parse(text: str, file: str) -> Source:
-    """Read YAML whose top level is a mapping. Raises UsageError with `file:line:column` for anything it cannot take."""
+    """Read YAML whose top level is a mapping. Raises UsageError with `file:line:column` for anything it
+    cannot take.
+    """
     places: dict[Key, str] = {}
     try:
         data = _load(text, places, file)
@@ -86,7 +94,7 @@ def parse(text: str, file: str) -> Source:
         raise UsageError(_syntax_message(error, file)) from error
     except yaml.reader.ReaderError as error:
         raise UsageError(
-            f"{file}: character {error.position} is not allowed in YAML ({error.reason}); save it as UTF-8"
+            f"{file}: character {error.position} is not allowed in YAML ({error.reason})"
         ) from error
     if not isinstance(data, dict):
         found = "empty" if data is None else f"a {_kind(data)}"
@@ -100,10 +108,12 @@ def dump(data: Any) -> str:
 
 
 def override(source: Source, assignments: Iterable[str]) -> Source:
-    """`source` with each `a.b=value` applied, as `--set` gives them; values are read as YAML, lists by index (`a.0.b`).
+    """`source` with each `a.b=value` applied, as `--set` gives them; values are read as YAML, lists by
+    index (`a.0.b`).
 
-    A key that does not exist yet is created, so that optional sections can be filled; a misspelt one is caught by the
-    schema afterwards. Raises UsageError for text that is not an assignment and for an index outside its list.
+    A key that does not exist yet is created, so that optional sections can be filled; a misspelt one is
+    caught by the schema afterwards. Raises UsageError for text that is not an assignment and for an index
+    outside its list.
     """
     for assignment in assignments:
         source = _assign(source, assignment)
@@ -132,9 +142,15 @@ def _put(data: Any, parts: Sequence[str], value: Any, done: Key, place: str) -> 
     """A copy of `data` with `value` at `parts`, and the key path with list indices as numbers."""
     head, rest = parts[0], parts[1:]
     if isinstance(data, list):
+        if not data:
+            name = spell(done)
+            raise UsageError(
+                f"{place}: {name} is an empty list: give the whole list, for example {name}=[...]"
+            )
         if not re.fullmatch(r"[0-9]+", head) or int(head) >= len(data):
             raise UsageError(
-                f"{place}: {spell(done)} is a list of {len(data)}: use an index from 0 to {len(data) - 1}, not {head!r}"
+                f"{place}: {spell(done)} is a list of {len(data)}: use an index from 0 to {len(data) - 1}, "
+                f"not {head!r}"
             )
         part: str | int = int(head)
         inner = data[part]
@@ -162,12 +178,22 @@ def _load(text: str, places: dict[Key, str], file: str) -> Any:
 
 
 def _read(
-    loader: _Loader, node: yaml.Node, key: Key, places: dict[Key, str], file: str, above: tuple[yaml.Node, ...]
+    loader: _Loader,
+    node: yaml.Node,
+    key: Key,
+    places: dict[Key, str],
+    file: str,
+    above: tuple[yaml.Node, ...],
 ) -> Any:
     """Plain data of `node`; `above` are the nodes around it, to catch an alias that contains itself."""
     places.setdefault(key, _at(file, node.start_mark))
     if node in above:
         raise yaml.MarkedYAMLError(None, None, "this alias contains itself", node.start_mark)
+    if node.tag not in _PLAIN:
+        tag = node.tag.replace("tag:yaml.org,2002:", "!!")
+        raise yaml.MarkedYAMLError(
+            None, None, f"only plain data is allowed here, not the tag '{tag}'", node.start_mark
+        )
     inside = (*above, node)
     if isinstance(node, yaml.MappingNode):
         _refuse_repeated_keys(loader, node)
@@ -193,7 +219,10 @@ def _refuse_repeated_keys(loader: _Loader, node: yaml.MappingNode) -> None:
         name = _key_name(loader, name_node)
         if name in seen:
             raise yaml.MarkedYAMLError(
-                None, None, f"the key {name!r} is already set on line {seen[name]}; keep one", name_node.start_mark
+                None,
+                None,
+                f"the key {name!r} is already set on line {seen[name]}; keep one",
+                name_node.start_mark,
             )
         seen[name] = name_node.start_mark.line + 1
 
@@ -217,4 +246,6 @@ def _at(file: str, mark: yaml.Mark) -> str:
 
 
 def _kind(data: object) -> str:
-    return {list: "list", str: "text", bool: "true/false", int: "number", float: "number"}.get(type(data), "value")
+    return {list: "list", str: "text", bool: "true/false", int: "number", float: "number"}.get(
+        type(data), "value"
+    )

@@ -1,0 +1,142 @@
+"""What a run shows while it works: a live bar in a terminal, one line per stage elsewhere, nothing in a
+library.
+
+`pleas` and the proxy sources report through a plain call `progress(stage, done, total)`; the conductor
+opens and closes the stages. Stage names are the ones the report and the documentation use.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import TextIO
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
+
+
+class StageProgress:
+    """Times the stages and shows nothing; the others derive from it.
+
+    timings: stage -> seconds, summed when a stage opens more than once
+    notes:   what was worth saying, in order
+    """
+
+    def __init__(self) -> None:
+        self.timings: dict[str, float] = {}
+        self.notes: list[str] = []
+
+    def __enter__(self) -> StageProgress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Nothing to close here; a live display overrides this."""
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """`done` of `total` parts of the current stage are finished; `stage` names the step inside it."""
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[StageProgress]:
+        start = time.perf_counter()
+        self._open(name)
+        try:
+            yield self
+        except BaseException:
+            self._close(name, time.perf_counter() - start, finished=False)
+            raise
+        seconds = time.perf_counter() - start
+        self.timings[name] = self.timings.get(name, 0.0) + seconds
+        self._close(name, seconds, finished=True)
+
+    def note(self, text: str) -> None:
+        """Something the user should read now and find in `run.json` later."""
+        self.notes.append(text)
+
+    def _open(self, name: str) -> None:
+        """A stage begins."""
+
+    def _close(self, name: str, seconds: float, finished: bool) -> None:
+        """A stage ends."""
+
+
+class LineProgress(StageProgress):
+    """One line per finished stage, for logs and pipes."""
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__()
+        self._stream = stream
+
+    def note(self, text: str) -> None:
+        super().note(text)
+        self._write(f"note: {text}")
+
+    def _close(self, name: str, seconds: float, finished: bool) -> None:
+        self._write(f"{name:<14} {seconds:8.1f} s{'' if finished else '  (stopped)'}")
+
+    def _write(self, line: str) -> None:
+        self._stream.write(line + "\n")
+        self._stream.flush()
+
+
+class TerminalProgress(StageProgress):
+    """A live bar for the stage at work, and a line for each one that is done."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self._console = console
+        self._bar = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.fields[stage]:<14}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TextColumn("{task.description}", style="dim"),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+        )
+        self._task = self._bar.add_task("", total=None, stage="", visible=False)
+
+    def __enter__(self) -> StageProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        self._bar.update(self._task, completed=done, total=total, description=stage)
+
+    def note(self, text: str) -> None:
+        super().note(text)
+        self._console.print(f"note: {text}", style="yellow", markup=False, highlight=False)
+
+    def _open(self, name: str) -> None:
+        self._bar.reset(self._task, total=None, stage=name, description="", visible=True)
+
+    def _close(self, name: str, seconds: float, finished: bool) -> None:
+        self._bar.update(self._task, visible=False)
+        mark, style = ("✓", "green") if finished else ("✗", "red")
+        if not self._console.encoding.lower().startswith("utf"):
+            mark = "+" if finished else "-"
+        self._console.print(f"{mark} {name:<14} {seconds:8.1f} s", style=style, markup=False, highlight=False)
+
+
+def progress_on(stream: TextIO | None = None) -> StageProgress:
+    """Progress for `stream` (standard error by default): live in a terminal, lines elsewhere."""
+    chosen = stream or sys.stderr
+    console = Console(file=chosen)
+    return TerminalProgress(console) if console.is_terminal else LineProgress(chosen)
