@@ -1,0 +1,44 @@
+"""PLeaS: merge two networks by permutations and least squares (arXiv 2407.02447), in closed form, on any inputs.
+
+The mathematics of datafree: torch and scipy only, no files, no printing, no network.
+"""
+
+from pleas.baselines import Ensemble, permutation_only, plain_average, reestimate_bn
+from pleas.errors import InputError, MergeFailed, PleasError
+from pleas.matching import match
+from pleas.merge import LayerEvidence, MergeResult, assemble, check_parents, merge
+from pleas.module import MergedNetwork, flops, module_from_config, program_config
+from pleas.moments import Moments, Statistics, collect, collect_grouped
+from pleas.plan import Plan, make_plan
+from pleas.settings import MergeSettings
+from pleas.symmetry import Permutation, Symmetry, trace
+
+__all__ = [
+    "Ensemble",
+    "InputError",
+    "LayerEvidence",
+    "MergeFailed",
+    "MergeResult",
+    "MergeSettings",
+    "MergedNetwork",
+    "Moments",
+    "Permutation",
+    "Plan",
+    "PleasError",
+    "Statistics",
+    "Symmetry",
+    "assemble",
+    "check_parents",
+    "collect",
+    "collect_grouped",
+    "flops",
+    "make_plan",
+    "match",
+    "merge",
+    "module_from_config",
+    "permutation_only",
+    "plain_average",
+    "program_config",
+    "reestimate_bn",
+    "trace",
+]

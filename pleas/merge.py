@@ -1,0 +1,421 @@
+"""Two parents become one network: `merge`, and the stages it is made of."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx, nn
+
+from pleas.errors import ArchitectureMismatch, InputError, MergeFailed, NonFinite
+from pleas.layers import BatchNorm, Layer, find_layers, find_norms, unflatten_weight
+from pleas.layout import FUSED, Layout, plain_layout
+from pleas.matching import match
+from pleas.module import BlockLayer, MergedNetwork, build_network, flops
+from pleas.moments import Batch, Moments, Progress, Statistics, collect, collect_grouped
+from pleas.plan import Plan, make_plan
+from pleas.settings import MergeSettings
+from pleas.solve import (
+    Block,
+    LayerSolution,
+    blocks_of,
+    mixing,
+    partial_merge,
+    pose,
+    solve,
+    solve_grouped,
+)
+from pleas.symmetry import Permutation, Symmetry, permute_state, position_maps, state_of, trace
+from pleas.widen import Layouts, edit_graph
+
+
+@dataclass(frozen=True)
+class LayerEvidence:
+    """What the solve of one layer says about itself.
+
+    residual:  predicted E|W z + b - t|^2 over the target's variance, summed over output units
+    rows, unknowns: rows behind the moments, and unknowns per output unit
+    dead:      input units without variance on the proxies; they keep the partial-merge weights
+    """
+
+    name: str
+    residual: float
+    rows: int
+    unknowns: int
+    dead: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """The merged module and the evidence for it.
+
+    flops and parent_flops are measured on the modules by FlopCounterMode; averaged names the tensors that no least squares
+    covers and that were averaged over matched units.
+    """
+
+    module: nn.Module
+    plan: Plan
+    matching: Permutation
+    symmetry: Symmetry
+    layers: tuple[LayerEvidence, ...]
+    flops: int
+    parent_flops: int
+    parameters: int
+    averaged: tuple[str, ...]
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def ratio(self) -> float:
+        """Multiply-adds relative to one parent, measured."""
+        return self.flops / self.parent_flops
+
+    @property
+    def mean_residual(self) -> float:
+        """Mean over layers of the predicted relative residual."""
+        return sum(layer.residual for layer in self.layers) / max(1, len(self.layers))
+
+
+def merge(
+    a: nn.Module,
+    b: nn.Module,
+    inputs: Iterable[Batch],
+    *,
+    budget: float | None = None,
+    apart: float | None = None,
+    settings: MergeSettings = MergeSettings(),
+    example: Tensor | None = None,
+    progress: Progress | None = None,
+) -> MergeResult:
+    """Merge two networks of one architecture on proxy inputs (PLeaS, arXiv 2407.02447, with closed-form solves).
+
+    inputs:  a collection (read up to twice) of batches of normalised images (N, C, H, W); batches of pairs (x_a, x_b) where the
+             parents normalise differently
+    budget:  multiply-adds of the result relative to one parent, 1.0 to 2.0; or
+    apart:   fraction of the units of every class kept apart, 0 to 1
+    For several budgets call the stages (`trace`, `collect`, `match`, `make_plan`, `assemble`): one pass serves them all.
+    """
+    if not hasattr(inputs, "__len__") and iter(inputs) is inputs:
+        raise InputError("inputs is a one-shot iterator; give a list of batches or a DataLoader (grouped layers need two passes)")
+    if example is None:
+        first = next(iter(inputs))
+        example = (first if isinstance(first, Tensor) else first[0])[:2]
+    check_parents(a, b, settings)
+    symmetry = trace(a, example)
+    statistics = collect(symmetry, a, b, inputs, settings, progress=progress)
+    matching = match(symmetry, statistics, a, b, settings)
+    statistics = collect_grouped(symmetry, statistics, matching, a, b, inputs, settings, progress=progress)
+    plan = make_plan(symmetry, statistics, matching, a, b, settings, budget=budget, apart=apart)
+    return assemble(symmetry, statistics, matching, plan, a, b, settings, example=example)
+
+
+def check_parents(a: nn.Module, b: nn.Module, settings: MergeSettings = MergeSettings()) -> None:
+    """Raise unless the parents are one architecture with finite weights; with separate heads their last tensors may differ in
+    the number of outputs. Says which tensors differ."""
+    states = [m.state_dict() for m in (a, b)]
+    only = [sorted(set(x) - set(y)) for x, y in (states, states[::-1])]
+    different = [
+        f"{name}: {tuple(value.shape)} in A, {tuple(states[1][name].shape)} in B"
+        for name, value in states[0].items()
+        if name in states[1] and value.shape != states[1][name].shape
+    ]
+    same_rest = all(len(line.split("(")) == 3 for line in different)
+    if settings.heads == "separate" and not any(only) and same_rest and len(different) <= 2 and _only_first_dim(states):
+        different = []
+    if any(only) or different:
+        lines = [f"only in A: {', '.join(only[0][:5])}"] * bool(only[0])
+        lines += [f"only in B: {', '.join(only[1][:5])}"] * bool(only[1])
+        lines += different[:8]
+        hint = " If only the head differs, ask for separate heads." if different and not any(only) else ""
+        raise ArchitectureMismatch(
+            "the parents are not one architecture; tensors that differ:\n  " + "\n  ".join(lines) + "\nMerge two checkpoints of "
+            f"the same model definition.{hint}"
+        )
+    for parent, state in zip("ab", states, strict=True):
+        for name, value in state.items():
+            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+                raise NonFinite(f"parent {parent}: weights '{name}' hold NaN or infinity; the checkpoint is damaged")
+
+
+def _only_first_dim(states: list[dict[str, Tensor]]) -> bool:
+    return all(
+        value.shape[1:] == states[1][name].shape[1:] and value.dim() == states[1][name].dim()
+        for name, value in states[0].items()
+    )
+
+
+def assemble(
+    symmetry: Symmetry,
+    statistics: Statistics,
+    matching: Permutation,
+    plan: Plan,
+    a: nn.Module,
+    b: nn.Module,
+    settings: MergeSettings,
+    *,
+    example: Tensor,
+    least_squares: bool = True,
+) -> MergeResult:
+    """Solve every layer for a plan and build the merged module.
+
+    least_squares=False leaves the partial-merge weights as they are: the permutation-only baseline at any budget.
+    Raises MergeFailed when the saved module's FLOPs are not the plan's or a solution is not finite.
+    """
+    program = symmetry.program
+    layers = find_layers(program)
+    layouts = Layouts(symmetry, plan.classes)
+    states = (state_of(program, a), permute_state(symmetry, state_of(program, b), matching))
+    maps = position_maps(symmetry, matching)
+    merged: dict[str, Tensor] = {}
+    evidence: list[LayerEvidence] = []
+    blocks: dict[str, tuple[Block, ...]] = {}
+    if least_squares:
+        for layer in layers:
+            inputs, outputs = layouts.axis(layer.weight, 1), layouts.axis(layer.weight, 0)
+            solution = _solve_layer(layer, statistics, states, maps, inputs, outputs, settings)
+            evidence.append(_evidence(layer, solution))
+            merged |= _unfold(layer, solution, states, outputs)
+        for norm in find_norms(program):
+            layout = layouts.axis(norm.mean, 0)
+            merged |= _solve_norm(norm, statistics.units[norm.name], states, maps, layout, settings.ridge)
+    for layer in layers:
+        blocks[layer.name] = blocks_of(layer, layouts.axis(layer.weight, 1), layouts.axis(layer.weight, 0))
+    averaged = [name for name in (*program.parameters, *program.buffers, *program.added) if name not in merged]
+    for name in averaged:
+        merged[name] = _average(name, states, symmetry, layouts)
+    module = _build(symmetry, layouts, layers, blocks, merged, plan, a)
+    return _finish(module, symmetry, plan, matching, evidence, [n for n in averaged if n in program.parameters], a, example)
+
+
+def _solve_layer(
+    layer: Layer,
+    statistics: Statistics,
+    states: tuple[Mapping[str, Tensor], Mapping[str, Tensor]],
+    maps: Mapping[tuple[str, int], Tensor],
+    inputs: Layout,
+    outputs: Layout,
+    settings: MergeSettings,
+) -> LayerSolution:
+    a, b = (layer.matrix(state) for state in states)
+    if layer.groups > 1:
+        moments = statistics.grouped[layer.name]
+        return solve_grouped(layer, moments, a, b, inputs, outputs, settings.ridge, settings.min_rows)
+    alignment = maps.get((layer.weight, 1), torch.arange(layer.channels))
+    problem = pose(layer, statistics.joint[layer.name], a, b, alignment, inputs, outputs)
+    return solve(layer, problem, blocks_of(layer, inputs, outputs), settings.ridge, settings.min_rows)
+
+
+def _evidence(layer: Layer, solution: LayerSolution) -> LayerEvidence:
+    if not bool(torch.isfinite(solution.weight).all() and torch.isfinite(solution.residual).all()):
+        raise MergeFailed(
+            f"layer '{layer.name}': the least-squares solution is not finite. Raise the ridge, or look at the proxies with diagnose."
+        )
+    return LayerEvidence(
+        layer.name, solution.relative_residual, solution.rows, solution.weight.shape[1], tuple(solution.dead.tolist())
+    )
+
+
+def _unfold(
+    layer: Layer, solution: LayerSolution, states: tuple[Mapping[str, Tensor], ...], outputs: Layout
+) -> dict[str, Tensor]:
+    """The solved affine map as the module's own tensors: batch norm is unfolded with the statistics the moments predict.
+
+    Any non-zero scale gives the same composed map; the parents' mean scale keeps the weights in their usual range.
+    """
+    norm, weight, bias = layer.norm, solution.weight, solution.bias
+    out: dict[str, Tensor] = {}
+    if norm is not None:
+        scale = _merged_scale(norm, states, outputs)
+        weight = weight / scale[:, None]
+        mean, var = (solution.mean - bias) / scale, solution.variance / scale.square()
+        if norm.weight is None:  # no affine of its own: its statistics must carry the map
+            var, mean = (scale.square().reciprocal() - norm.eps).clamp_min(0), -bias / scale
+        else:
+            out[norm.weight] = scale * (var + norm.eps).sqrt()
+        if norm.bias is not None:
+            out[norm.bias] = bias + scale * mean
+        out[norm.mean], out[norm.var] = mean, var
+        if layer.bias is not None:
+            out[layer.bias] = torch.zeros_like(bias)
+    elif layer.bias is not None:
+        out[layer.bias] = bias
+    out[layer.weight] = unflatten_weight(weight, layer.kernel)
+    return out
+
+
+def _merged_scale(norm: BatchNorm, states: tuple[Mapping[str, Tensor], ...], outputs: Layout) -> Tensor:
+    """A safe scale per merged unit: the parents' mean magnitude, 1 where that is nil (a dead unit)."""
+    scales = [norm.affine(state)[0].abs()[outputs.source.clamp_max(len(state[norm.mean]) - 1)] for state in states]
+    mix_a, mix_b = mixing(outputs)
+    scale = mix_a * scales[0] + mix_b * scales[1]
+    return torch.where(scale > 1e-6 * scale.max(), scale, 1.0)
+
+
+def _solve_norm(
+    norm: BatchNorm,
+    moments: Moments,
+    states: tuple[Mapping[str, Tensor], Mapping[str, Tensor]],
+    maps: Mapping[tuple[str, int], Tensor],
+    layout: Layout,
+    ridge: float,
+) -> dict[str, Tensor]:
+    """A batch norm that stands alone, as the diagonal least-squares problem it is: per merged unit one scale and one shift
+    that map the mean of the parents' inputs to the mean of their outputs. Units kept apart keep their parent's map."""
+    units = len(states[0][norm.mean])
+    own_b = units + maps.get((norm.mean, 0), torch.arange(units))[layout.source]
+    covariance, mean = moments.covariance[0], moments.mean[0]
+    (scale_a, shift_a), (scale_b, shift_b) = (
+        tuple(part[layout.source] for part in norm.affine(state)) for state in states
+    )
+    mix_a, mix_b = mixing(layout)
+    var_a, var_b = covariance.diagonal()[layout.source], covariance.diagonal()[own_b]
+    cov = covariance[layout.source, own_b]
+    var_z = mix_a**2 * var_a + 2 * mix_a * mix_b * cov + mix_b**2 * var_b
+    cov_tz = mix_a**2 * scale_a * var_a + mix_a * mix_b * (scale_a + scale_b) * cov + mix_b**2 * scale_b * var_b
+    prior = mix_a * scale_a + mix_b * scale_b
+    damping = ridge * torch.where(var_z.mean() > 0, var_z.mean(), 1.0)
+    scale = torch.where(layout.kind == FUSED, (cov_tz + damping * prior) / (var_z + damping), prior)
+    mean_z = mix_a * mean[layout.source] + mix_b * mean[own_b]
+    mean_t = mix_a * (scale_a * mean[layout.source] + shift_a) + mix_b * (scale_b * mean[own_b] + shift_b)
+    shift = torch.where(layout.kind == FUSED, mean_t - scale * mean_z, mix_a * shift_a + mix_b * shift_b)
+    if norm.weight is None or norm.bias is None:
+        raise InputError(f"batch norm '{norm.name}' has no affine parameters and stands alone: it cannot be merged")
+    return {
+        norm.weight: scale * (var_z + norm.eps).sqrt(),
+        norm.bias: shift + scale * mean_z,
+        norm.mean: mean_z,
+        norm.var: var_z,
+    }
+
+
+def _average(
+    name: str, states: tuple[Mapping[str, Tensor], Mapping[str, Tensor]], symmetry: Symmetry, layouts: Layouts
+) -> Tensor:
+    """A tensor no least squares covers, over matched units: fused units average, units kept apart keep their parent's."""
+    a, b = (state[name] for state in states)
+    if not a.is_floating_point():
+        return a.clone()
+    groups = symmetry.groups.get(name, 1)
+    if groups > 1:  # rows carry the groups; the inner axis does not grow
+        outputs, inputs = layouts.axis(name, 0), plain_layout(a.shape[1])
+    else:
+        outputs = layouts.axis(name, 0) if a.dim() else plain_layout(1)
+        inputs = layouts.axis(name, 1) if a.dim() > 1 else plain_layout(1)
+    if a.dim() == 0:
+        return (a + b) / 2
+    shape = (outputs.size, *((inputs.size, *a.shape[2:]) if a.dim() > 1 else ()))
+    flat = [x.double().reshape(x.shape[0], x.shape[1] if x.dim() > 1 else 1, -1).movedim(1, 2) for x in (a, b)]
+    return partial_merge(flat[0], flat[1], inputs, outputs).movedim(2, 1).reshape(shape).to(a.dtype)
+
+
+def _build(
+    symmetry: Symmetry,
+    layouts: Layouts,
+    layers: tuple[Layer, ...],
+    blocks: Mapping[str, tuple[Block, ...]],
+    merged: dict[str, Tensor],
+    plan: Plan,
+    a: nn.Module,
+) -> nn.Module:
+    """The parents' own class where nothing grew, else a module around the edited graph."""
+    program = symmetry.program
+    widened = any(p.share_apart > 0 for p in plan.classes.values())
+    dtypes = {name: tensor.dtype for name, tensor in state_of(program, a).items()}
+    merged = {name: value.to(dtypes[name]) for name, value in merged.items()}
+    if not widened and not program.added:
+        module = copy.deepcopy(a)
+        state = module.state_dict()
+        module.load_state_dict(state | merged | {alias: merged[name] for alias, name in program.tied.items() if name in merged})
+        return module.eval()
+    split = {layer.name for layer in layers if len(blocks[layer.name]) > 1}
+    graph = edit_graph(symmetry, layouts, layers, split)
+    modules: dict[str, BlockLayer] = {}
+    consumed: set[str] = set()
+    for layer in layers:
+        if layer.name in split:
+            modules[layer.name] = _block_layer(layer, blocks[layer.name], layouts, merged)
+            consumed |= {layer.weight, *([layer.bias] if layer.bias else [])}
+    parameters = {*program.parameters, *program.added}
+    tensors = {
+        str(node.target): (_tensor(str(node.target), merged, program.constants), str(node.target) in parameters)
+        for node in graph.nodes
+        if node.op == "get_attr" and node.target not in consumed
+    }
+    heads = next((p.heads for p in plan.classes.values() if p.heads), None)
+    size = layouts.value(_output(graph, program.graph), -1).size
+    return build_network(graph, modules, tensors, heads or (size,), program.notes)
+
+
+def _tensor(name: str, merged: Mapping[str, Tensor], constants: Mapping[str, Tensor]) -> Tensor:
+    return merged[name].contiguous() if name in merged else constants[name]
+
+
+def _output(graph: fx.Graph, source: fx.Graph) -> fx.Node:
+    """The node of the parents' graph whose value is returned."""
+    return next(node for node in source.nodes if node.op == "output").args[0]  # type: ignore[return-value]
+
+
+def _block_layer(
+    layer: Layer, blocks: tuple[Block, ...], layouts: Layouts, merged: Mapping[str, Tensor]
+) -> BlockLayer:
+    inputs, outputs = layouts.axis(layer.weight, 1), layouts.axis(layer.weight, 0)
+    rows = torch.cat([block.rows for block in blocks])
+    order = None if bool((rows.diff() > 0).all()) else rows.argsort().tolist()
+    geometry = None
+    if layer.is_convolution:
+        geometry = dict(stride=layer.stride, padding=layer.padding, dilation=layer.dilation, groups=1)
+        geometry = {key: list(value) if isinstance(value, tuple) else value for key, value in geometry.items()}
+    module = BlockLayer(
+        kernel=layer.kernel,
+        reads=[_reads(block.columns) for block in blocks],
+        widths=[len(block.columns) for block in blocks],
+        rows=[len(block.rows) for block in blocks],
+        units=inputs.size,
+        order=order,
+        bias=layer.bias is not None,
+        geometry=geometry,
+    )
+    weight = merged[layer.weight]
+    with torch.no_grad():
+        for name, block in zip(module.weight_names, blocks, strict=True):
+            module.get_parameter(name).copy_(weight[block.rows][:, block.columns])
+        if layer.bias is not None:
+            module.get_parameter("bias").copy_(merged[layer.bias][rows])
+    return module.to(weight.dtype)
+
+
+def _reads(columns: Tensor) -> dict[str, list[int]]:
+    first, last = int(columns[0]), int(columns[-1]) + 1
+    return {"slice": [first, last]} if last - first == len(columns) else {"index": columns.tolist()}
+
+
+def _finish(
+    module: nn.Module,
+    symmetry: Symmetry,
+    plan: Plan,
+    matching: Permutation,
+    evidence: list[LayerEvidence],
+    averaged: list[str],
+    a: nn.Module,
+    example: Tensor,
+) -> MergeResult:
+    """Measure what was built and hold it against the plan."""
+    measured, parent = flops(module, example), flops(a, example)
+    extra = parent - plan.parent_flops  # contractions of activations (attention) are not layers
+    if extra == 0 and measured != plan.flops:
+        raise MergeFailed(
+            f"the merged module takes {measured:,} FLOPs where the plan promised {plan.flops:,}: please report this model"
+        )
+    return MergeResult(
+        module=module,
+        plan=plan,
+        matching=matching,
+        symmetry=symmetry,
+        layers=tuple(evidence),
+        flops=measured,
+        parent_flops=parent,
+        parameters=sum(p.numel() for p in module.parameters()),
+        averaged=tuple(averaged),
+        notes=symmetry.program.notes,
+    )

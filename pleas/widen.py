@@ -1,0 +1,175 @@
+"""Editing the parents' graph for a plan: widths that are written into shape constants, and layers in blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from pleas.errors import UnsupportedModel
+from pleas.layers import Layer
+from pleas.layout import ClassPlan, Layout, lay_out, plain_layout
+from pleas.symmetry import Symmetry
+
+aten = torch.ops.aten
+
+
+class Layouts:
+    """The layout of every axis of every tensor and value of a traced model under a plan."""
+
+    def __init__(self, symmetry: Symmetry, plans: Mapping[int, ClassPlan]) -> None:
+        self.symmetry, self.plans = symmetry, plans
+        self._axes: dict[tuple[str, int], Layout] = {}
+
+    def axis(self, tensor: str, dim: int) -> Layout:
+        """Layout of a parameter's or buffer's axis (dim 1 of a grouped weight: the virtual axis over all channels)."""
+        key = (tensor, dim)
+        if key not in self._axes:
+            self._axes[key] = lay_out(self.symmetry.axis(tensor, dim), self.plans)
+        return self._axes[key]
+
+    def value(self, node: fx.Node, dim: int) -> Layout:
+        """Layout of one dimension of an activation."""
+        value = node.meta["val"]
+        dim = dim % value.dim()
+        units = self.symmetry.value(node.name, dim)
+        if units is None:
+            size = value.shape[dim]
+            return plain_layout(size) if isinstance(size, int) else plain_layout(1)
+        return lay_out(units, self.plans)
+
+
+def edit_graph(symmetry: Symmetry, layouts: Layouts, layers: tuple[Layer, ...], split: set[str]) -> fx.Graph:
+    """The parents' graph with the plan's widths: shape constants rewritten, nodes of the layers named in `split` turned into
+    calls of their block module (named as the layer)."""
+    by_node = {node: layer for layer in layers for node in layer.nodes if layer.name in split}
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    for node in symmetry.program.graph.nodes:
+        if node.name in by_node:
+            env[node] = graph.call_module(by_node[node.name].name, (env[node.args[0]],))
+        else:
+            env[node] = graph.node_copy(node, lambda n: env[n])
+            edit = EDITS.get(node.target)
+            if edit is not None:
+                args = edit(node, layouts, list(env[node].args))
+                env[node].args = tuple(args)
+                if node.target is aten.split.Tensor and isinstance(args[1], list):
+                    env[node].target = aten.split_with_sizes.default
+    graph.eliminate_dead_code()
+    graph.lint()
+    return graph
+
+
+def _sizes(position: int) -> Callable[[fx.Node, Layouts, list[Any]], list[Any]]:
+    """Ops whose argument `position` is the list of output sizes."""
+
+    def edit(node: fx.Node, layouts: Layouts, args: list[Any]) -> list[Any]:
+        sizes = list(args[position])
+        for dim, size in enumerate(sizes):
+            if isinstance(size, int) and size != -1:
+                layout = layouts.value(node, dim)
+                if layout.widened:
+                    sizes[dim] = layout.size
+        args[position] = sizes
+        return args
+
+    return edit
+
+
+def _slice(node: fx.Node, layouts: Layouts, args: list[Any]) -> list[Any]:
+    source = node.args[0]
+    dim = node.args[1] if len(node.args) > 1 else 0
+    layout = layouts.value(source, dim)  # type: ignore[arg-type]
+    if not layout.widened:
+        return args
+    step = node.args[4] if len(node.args) > 4 else 1
+    if step != 1:
+        raise _refuse(node, f"takes every {step}th unit of a widened dimension")
+    begin = node.args[2] if len(node.args) > 2 and node.args[2] is not None else 0
+    end = node.args[3] if len(node.args) > 3 and node.args[3] is not None else layout.old
+    return [*args[:1], dim, _bound(node, layout, begin), _bound(node, layout, end)]
+
+
+def _split(node: fx.Node, layouts: Layouts, args: list[Any]) -> list[Any]:
+    dim = node.args[2] if len(node.args) > 2 else 0
+    layout = layouts.value(node.args[0], dim)  # type: ignore[arg-type]
+    if not layout.widened:
+        return args
+    sizes = node.args[1]
+    if isinstance(sizes, int):
+        sizes = [min(sizes, layout.old - i) for i in range(0, layout.old, sizes)]
+    bounds = [0]
+    for size in sizes:  # type: ignore[union-attr]
+        bounds.append(bounds[-1] + size)
+    starts = [_bound(node, layout, bound) for bound in bounds]
+    return [args[0], [y - x for x, y in zip(starts, starts[1:], strict=False)], dim]
+
+
+def _bound(node: fx.Node, layout: Layout, position: Any) -> int:
+    """Where an old boundary lies on the widened axis."""
+    if not isinstance(position, int):
+        raise _refuse(node, "has a boundary that depends on the input")
+    position = min(position + layout.old if position < 0 else position, layout.old)
+    if position < layout.old and bool(layout.split[position]):
+        raise _refuse(node, f"cuts through a widened unit at position {position}")
+    return int(layout.start[position])
+
+
+def _select(node: fx.Node, layouts: Layouts, args: list[Any]) -> list[Any]:
+    layout = layouts.value(node.args[0], node.args[1])  # type: ignore[arg-type]
+    if not layout.widened:
+        return args
+    position = node.args[2]
+    if int(layout.start[position + 1] - layout.start[position]) != 1:  # type: ignore[operator]
+        raise _refuse(node, f"selects position {position}, which holds two merged units")
+    return [*args[:2], int(layout.start[position])]  # type: ignore[index]
+
+
+def _convolution(node: fx.Node, layouts: Layouts, args: list[Any]) -> list[Any]:
+    """A convolution that is not a layer (its weight is computed): its groups still follow the widths."""
+    groups = args[8]
+    layout = layouts.value(node.args[0], 1)  # type: ignore[arg-type]
+    if groups > 1 and layout.widened:
+        args[8] = groups * layout.size // layout.old
+    return args
+
+
+def _group_norm(node: fx.Node, layouts: Layouts, args: list[Any]) -> list[Any]:
+    layout = layouts.value(node.args[0], 1)  # type: ignore[arg-type]
+    if layout.widened:
+        args[4] = layout.size
+        args[6] = args[6] * layout.size // layout.old
+    return args
+
+
+def _layer_norm(node: fx.Node, layouts: Layouts, args: list[Any]) -> list[Any]:
+    dims = len(args[1])
+    value = node.args[0].meta["val"]  # type: ignore[union-attr]
+    if any(layouts.value(node.args[0], value.dim() - 1 - i).widened for i in range(dims)):  # type: ignore[arg-type]
+        raise _refuse(node, "normalises over a widened dimension")
+    return args
+
+
+def _refuse(node: fx.Node, why: str) -> UnsupportedModel:
+    return UnsupportedModel(
+        f"node '{node.name}' ({node.target}) {why}: this model cannot be widened there. "
+        "Use budget 1.0, or name the class in `fuse` so that it stays fully fused."
+    )
+
+
+EDITS: dict[Any, Callable[[fx.Node, Layouts, list[Any]], list[Any]]] = {
+    aten.view.default: _sizes(1),
+    aten._unsafe_view.default: _sizes(1),
+    aten.reshape.default: _sizes(1),
+    aten.expand.default: _sizes(1),
+    aten.slice.Tensor: _slice,
+    aten.split.Tensor: _split,
+    aten.split_with_sizes.default: _split,
+    aten.select.int: _select,
+    aten.convolution.default: _convolution,
+    aten.native_group_norm.default: _group_norm,
+    aten.native_layer_norm.default: _layer_norm,
+}
