@@ -201,7 +201,7 @@ def _fill_with_digits(
 
 
 def _preprocess(spec: ParentSpec, blueprint: Blueprint) -> Preprocess:
-    """The recipe's values first, then those the model was published with; what is still unknown is an error."""
+    """The recipe's values first, then those the model was published with; what stays unknown is an error."""
     values = {
         "interpolation": "bilinear",
         **blueprint.configured,

@@ -48,7 +48,7 @@ class PreprocessSpec(Spec):
 
 @dataclass(frozen=True)
 class Preprocess:
-    """How uint8 images become one network's input; `mean` and `std`, per channel, count pixels from 0 to 1."""
+    """How uint8 images become one network's input; `mean` and `std`, per channel, for pixels from 0 to 1."""
 
     size: tuple[int, int]
     mean: tuple[float, ...]
