@@ -238,8 +238,6 @@ def _score(task: Task, chosen: np.ndarray, parents: Mapping[str, Evaluation]) ->
         per_class=per_class,
         worst_class=(worst, per_class[worst]),
         agreement=agreement,
-            name: float((chosen == ref.predictions).mean()) for name, ref in references.items() if ref
-        },
         predictions=chosen,
     )
 
