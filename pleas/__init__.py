@@ -1,4 +1,5 @@
-"""PLeaS: merge two networks by permutations and least squares (arXiv 2407.02447), in closed form, on any inputs.
+"""PLeaS: merge two networks by permutations and least squares (arXiv 2407.02447), in closed form, on any
+inputs.
 
 The mathematics of datafree: torch and scipy only, no files, no printing, no network.
 """

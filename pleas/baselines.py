@@ -15,7 +15,8 @@ from pleas.symmetry import Permutation, Symmetry, permute_state, state_of
 
 
 class Ensemble(nn.Module):
-    """Both parents side by side: the mean of their logits, or with separate heads both, A's first. Twice the cost."""
+    """Both parents side by side: the mean of their logits, or with separate heads both, A's first. Twice the
+    cost."""
 
     def __init__(self, a: nn.Module, b: nn.Module, heads: str = "shared") -> None:
         super().__init__()
@@ -46,8 +47,8 @@ def _average(symmetry: Symmetry, a: nn.Module, b: Mapping[str, Tensor]) -> nn.Mo
             continue
         if state[name].shape != b[name].shape:
             raise InputError(
-                f"'{name}' is {tuple(state[name].shape)} in A and {tuple(b[name].shape)} in B: weights of different shapes have "
-                "no average. With different label sets, average the parents without their heads."
+                f"'{name}' is {tuple(state[name].shape)} in A and {tuple(b[name].shape)} in B: "
+                "weights of different shapes have no average. With different label sets, average the parents without their heads."
             )
         state[name] = (state[name] + b[name]) / 2
     merged.load_state_dict(state)

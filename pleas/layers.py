@@ -1,9 +1,10 @@
 """The canonical layer: every weight layer is `Y = X W^T + b` on rows `X` (positions, d_in).
 
-**Layout, used by every file that follows.** A row of a layer is one image at one position. A convolution is unfolded with the
-kernel position ("tap") outermost, so `d_in = taps * channels` and column `tap * channels + c` is channel `c` under that tap; a
-linear layer has one tap. A grouped convolution has one such problem per group, with `channels / groups` channels each.
-Batch norm in evaluation mode is affine and is folded into the layer before it.
+**Layout, used by every file that follows.** A row of a layer is one image at one position. A convolution is
+unfolded with the kernel position ("tap") outermost, so `d_in = taps * channels` and column `tap * channels +
+c` is channel `c` under that tap; a linear layer has one tap. A grouped convolution has one such problem per
+group, with `channels / groups` channels each. Batch norm in evaluation mode is affine and is folded into the
+layer before it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ BATCH_NORM = torch.ops.aten._native_batch_norm_legit_no_training.default
 
 @dataclass(frozen=True)
 class BatchNorm:
-    """Batch norm in evaluation mode: `y = scale * x + shift` per unit, with `scale = weight / sqrt(var + eps)`."""
+    """Batch norm in evaluation mode: `y = scale * x + shift` per unit, with `scale = weight / sqrt(var +
+    eps)`."""
 
     node: str
     weight: str | None
@@ -55,7 +57,8 @@ class BatchNorm:
 class Layer:
     """A weight tensor used by one or several convolutions or linear maps of the graph.
 
-    `norm` is the batch norm that alone reads this layer's output, if there is one: it is folded into the layer.
+    `norm` is the batch norm that alone reads this layer's output, if there is one: it is folded into the
+    layer.
     """
 
     name: str
@@ -82,7 +85,8 @@ class Layer:
         return self.taps * self.channels // self.groups
 
     def matrix(self, state: State) -> tuple[Tensor, Tensor]:
-        """Weight (out_units, d_in) and bias (out_units,) in the canonical layout, batch norm folded in, float64."""
+        """Weight (out_units, d_in) and bias (out_units,) in the canonical layout, batch norm folded in,
+        float64."""
         weight = flatten_weight(state[self.weight].double())
         bias = torch.zeros(len(weight), dtype=torch.float64, device=weight.device)
         if self.bias is not None:
@@ -104,7 +108,8 @@ def unflatten_weight(matrix: Tensor, kernel: Sequence[int]) -> Tensor:
 
 
 def find_layers(program: Program) -> tuple[Layer, ...]:
-    """The program's weight layers in graph order. Weights that are themselves computed (weight standardisation), and
+    """The program's weight layers in graph order. Weights that are themselves computed (weight
+    standardisation), and
     transposed convolutions, are not layers: they are merged by matched averaging and the report says so."""
     uses: dict[str, list[fx.Node]] = {}
     for node in program.graph.nodes:
@@ -114,7 +119,8 @@ def find_layers(program: Program) -> tuple[Layer, ...]:
 
 
 def find_norms(program: Program) -> tuple[BatchNorm, ...]:
-    """Batch norms that stand alone (before a convolution, as in pre-activation networks): folded into no layer."""
+    """Batch norms that stand alone (before a convolution, as in pre-activation networks): folded into no
+    layer."""
     folded = {layer.norm.node for layer in find_layers(program) if layer.norm is not None}
     nodes = [node for node in program.graph.nodes if node.target is BATCH_NORM and node.name not in folded]
     return tuple(norm for norm in map(batch_norm, nodes) if norm is not None)
@@ -140,14 +146,14 @@ def _layer(weight: str, nodes: Sequence[fx.Node]) -> Layer:
     node = nodes[0]
     shape = node.args[1].meta["val"].shape  # type: ignore[union-attr]
     bias = node.args[2] if len(node.args) > 2 else None
-    common = dict(
-        name=weight.removesuffix(".weight"),
-        nodes=tuple(n.name for n in nodes),
-        weight=weight,
-        bias=str(bias.target) if isinstance(bias, fx.Node) else None,
-        out_units=int(shape[0]),
-        norm=following_norm(node) if len(nodes) == 1 else None,
-    )
+    common = {
+        "name": weight.removesuffix(".weight"),
+        "nodes": tuple(n.name for n in nodes),
+        "weight": weight,
+        "bias": str(bias.target) if isinstance(bias, fx.Node) else None,
+        "out_units": int(shape[0]),
+        "norm": following_norm(node) if len(nodes) == 1 else None,
+    }
     if node.target is LINEAR:
         return Layer(**common, taps=1, channels=int(shape[1]))
     stride, padding, dilation, groups = node.args[3], node.args[4], node.args[5], node.args[8]
@@ -173,8 +179,11 @@ def following_norm(node: fx.Node) -> BatchNorm | None:
 
 
 def batch_norm(node: fx.Node) -> BatchNorm | None:
-    """Read an evaluation-mode batch norm node; None when one of its vectors is computed rather than stored."""
-    names = [arg.target if isinstance(arg, fx.Node) and arg.op == "get_attr" else arg for arg in node.args[1:5]]
+    """Read an evaluation-mode batch norm node; None when one of its vectors is computed rather than
+    stored."""
+    names = [
+        arg.target if isinstance(arg, fx.Node) and arg.op == "get_attr" else arg for arg in node.args[1:5]
+    ]
     if any(isinstance(name, fx.Node) for name in names):
         return None
     weight, bias, mean, var = names
@@ -209,7 +218,7 @@ def _patches(layer: Layer, inputs: Tensor, positions: Tensor | None) -> Tensor:
         positions = torch.arange(total, device=inputs.device).expand(count, total)
     coordinates = torch.unravel_index(positions, extents)
     taps = torch.unravel_index(torch.arange(layer.taps, device=inputs.device), layer.kernel)
-    # One flat spatial index per (image, position, tap): a gather on channels-last memory copies whole channel vectors.
+    # One flat spatial index per (image, position, tap): on channels-last memory a gather copies whole vectors.
     flat = torch.zeros((count, positions.shape[1], layer.taps), dtype=torch.int64, device=inputs.device)
     for axis, size in enumerate(padded.shape[2:]):
         start = coordinates[axis][:, :, None] * layer.stride[axis]

@@ -1,10 +1,11 @@
 """Where units stand in the merged network: the layout of every widened axis.
 
-A class of `n` units of which `m` are kept apart becomes `n + m` merged units, ordered `[A-only | fused | B-only]`, so that
-what A-only units may read, `[A-only | fused]`, and what B-only units may read, `[fused | B-only]`, are contiguous slices.
-An axis may hold several classes, each unit at several positions (a flattened map), or positions of different classes in turn
-(a channel shuffle). One rule covers all: every place of the axis grows in place. The first `m` places of a class hold two
-merged units each, the others one, and a run of neighbouring positions of one unit is repeated for each of its merged units.
+A class of `n` units of which `m` are kept apart becomes `n + m` merged units, ordered `[A-only | fused |
+B-only]`, so that what A-only units may read, `[A-only | fused]`, and what B-only units may read, `[fused |
+B-only]`, are contiguous slices. An axis may hold several classes, each unit at several positions (a flattened
+map), or positions of different classes in turn (a channel shuffle). One rule covers all: every place of the
+axis grows in place. The first `m` places of a class hold two merged units each, the others one, and a run of
+neighbouring positions of one unit is repeated for each of its merged units.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ FUSED, A_ONLY, B_ONLY = 0, 1, 2
 class ClassPlan:
     """Which units of a class are fused and which are kept apart, as units of A (B is aligned to A).
 
-    heads: for output classes with one head per parent, the number of outputs of A and B; then nothing is fused.
+    heads: for output classes with one head per parent, the number of outputs of A and B; then nothing is
+        fused.
     """
 
     fused: Tensor
@@ -50,19 +52,25 @@ class ClassPlan:
             kinds = torch.tensor([A_ONLY] * self.heads[0] + [B_ONLY] * self.heads[1])
             return kinds, units
         kinds = torch.cat(
-            [torch.full_like(self.apart, A_ONLY), torch.full_like(self.fused, FUSED), torch.full_like(self.apart, B_ONLY)]
+            [
+                torch.full_like(self.apart, A_ONLY),
+                torch.full_like(self.fused, FUSED),
+                torch.full_like(self.apart, B_ONLY),
+            ]
         )
         return kinds, torch.cat([self.apart, self.fused, self.apart])
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One axis of the merged network: for every merged position its kind and the parents' position it stands for.
+    """One axis of the merged network: for every merged position its kind and the parents' position it stands
+    for.
 
     kind:   (size,) FUSED, A_ONLY or B_ONLY
     source: (size,) position on the parents' axis (A's own; B's after alignment)
     old:    size of the parents' axis
-    start:  (old + 1,) merged positions that come before each old position: a slice [i, j) becomes [start[i], start[j])
+    start:  (old + 1,) merged positions that come before each old position: a slice [i, j) becomes [start[i],
+        start[j])
     split:  (old,) True where a slice may not begin: inside a run that grew
     """
 
@@ -172,7 +180,8 @@ def _sources(cls: Tensor, unit: Tensor, occurrence: Tensor, c: int) -> Tensor:
 
 
 def _runs(cls: Tensor, unit: Tensor) -> list[tuple[int, int]]:
-    """Maximal runs [first, last) of neighbouring positions of one unit; fixed positions are runs of their own."""
+    """Maximal runs [first, last) of neighbouring positions of one unit; fixed positions are runs of their
+    own."""
     same = (cls[1:] == cls[:-1]) & (unit[1:] == unit[:-1]) & (cls[1:] >= 0)
     begin = torch.cat([torch.zeros(1, dtype=torch.int64), (~same).nonzero()[:, 0] + 1])
     return list(zip(begin.tolist(), [*begin[1:].tolist(), len(cls)], strict=True))

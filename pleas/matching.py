@@ -1,4 +1,5 @@
-"""Which unit of B plays the part of which unit of A: similarities of units, then linear assignment (design 4)."""
+"""Which unit of B plays the part of which unit of A: similarities of units, then linear assignment (design
+4)."""
 
 from __future__ import annotations
 
@@ -31,8 +32,9 @@ def match(
 ) -> Permutation:
     """The permutation of B's units that lines them up with A's, class by class.
 
-    Activation matching maximises the correlation of units, summed over every layer that reads or writes the class. Weight
-    matching needs no statistics. Output units are never permuted: their order is the label order.
+    Activation matching maximises the correlation of units, summed over every layer that reads or writes the
+    class. Weight matching needs no statistics. Output units are never permuted: their order is the label
+    order.
     """
     program = symmetry.program
     if settings.matching == "weight":
@@ -48,9 +50,11 @@ def match(
 def activation_similarities(
     symmetry: Symmetry, statistics: Statistics, a: nn.Module, b: nn.Module
 ) -> dict[AxisName, Tensor]:
-    """Correlation of every position of A with every position of B, per axis of a weight: {(weight, dim): (P_a, P_b)}.
+    """Correlation of every position of A with every position of B, per axis of a weight: {(weight, dim):
+    (P_a, P_b)}.
 
-    dim 1: units as the layer's inputs. dim 0: units as its outputs, batch norm included, from the same moments.
+    dim 1: units as the layer's inputs. dim 0: units as its outputs, batch norm included, from the same
+        moments.
     """
     states = [state_of(symmetry.program, parent) for parent in (a, b)]
     found: dict[AxisName, Tensor] = {}
@@ -77,11 +81,14 @@ def _blocks(covariance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _sum_taps(block: Tensor, layer: Layer) -> Tensor:
     """(taps * C, taps * C) -> (C, C): the covariance of channels, summed over the kernel's positions."""
-    return block.unflatten(0, (layer.taps, -1)).unflatten(2, (layer.taps, -1)).diagonal(dim1=0, dim2=2).sum(-1)
+    return (
+        block.unflatten(0, (layer.taps, -1)).unflatten(2, (layer.taps, -1)).diagonal(dim1=0, dim2=2).sum(-1)
+    )
 
 
 def _correlation(aa: Tensor, ab: Tensor, bb: Tensor) -> Tensor:
-    """Correlations from covariances (variances may be given as vectors). Constant (dead) units correlate with nothing."""
+    """Correlations from covariances (variances may be given as vectors). Constant (dead) units correlate with
+    nothing."""
     inverse = []
     for block in (aa, bb):
         variance = block.diagonal() if block.dim() == 2 else block
@@ -107,8 +114,8 @@ def _assign_between(
 ) -> tuple[UnitPermutation, float]:
     """Best pairing of the units of two alike classes, and its total similarity.
 
-    Where units have inner freedom (the channels of a group, the dimensions of a head), the similarity of two units is the
-    best total over pairings of their insides, so the assignment is exact for the whole tree.
+    Where units have inner freedom (the channels of a group, the dimensions of a head), the similarity of two
+    units is the best total over pairings of their insides, so the assignment is exact for the whole tree.
     """
     if not class_a.children:
         total = torch.zeros((class_a.size, class_b.size), dtype=torch.float64)
@@ -150,9 +157,11 @@ def _leave(unit_class: UnitClass) -> UnitPermutation:
 def match_weights(
     symmetry: Symmetry, a: Mapping[str, Tensor], b: Mapping[str, Tensor], *, sweeps: int = 100
 ) -> Permutation:
-    """Git Re-Basin's weight matching (arXiv 2209.04836, algorithm 1): coordinate ascent on `sum <W_a, P(W_b)>`.
+    """Git Re-Basin's weight matching (arXiv 2209.04836, algorithm 1): coordinate ascent on `sum <W_a,
+    P(W_b)>`.
 
-    Every class is assigned exactly given all the others; sweeps go on until nothing changes. Running statistics take no part.
+    Every class is assigned exactly given all the others; sweeps go on until nothing changes. Running
+    statistics take no part.
     """
     trainable = set(symmetry.program.parameters)
     permutation = identity(symmetry)
@@ -207,9 +216,13 @@ def _value_between(
     return total
 
 
-def _inner_products(symmetry: Symmetry, a: Mapping[str, Tensor], b: Mapping[str, Tensor], axis: Axis) -> Tensor:
+def _inner_products(
+    symmetry: Symmetry, a: Mapping[str, Tensor], b: Mapping[str, Tensor], axis: Axis
+) -> Tensor:
     """(P, P) inner products of A's and B's slices along one axis of one tensor."""
-    rows = [_slices(state[axis.tensor].double(), axis, symmetry.groups.get(axis.tensor, 1)) for state in (a, b)]
+    rows = [
+        _slices(state[axis.tensor].double(), axis, symmetry.groups.get(axis.tensor, 1)) for state in (a, b)
+    ]
     if rows[0].dim() == 3:  # virtual axis of a grouped weight: only slices of one group see the same outputs
         positions = rows[0].shape[0] * rows[0].shape[1]
         return torch.einsum("gik,hjk->gihj", *rows).reshape(positions, positions)

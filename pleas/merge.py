@@ -13,7 +13,7 @@ from pleas.errors import ArchitectureMismatch, InputError, MergeFailed, NonFinit
 from pleas.layers import BatchNorm, Layer, find_layers, find_norms, unflatten_weight
 from pleas.layout import FUSED, Layout, plain_layout
 from pleas.matching import match
-from pleas.module import BlockLayer, MergedNetwork, build_network, flops
+from pleas.module import BlockLayer, build_network, flops
 from pleas.moments import Batch, Moments, Progress, Statistics, collect, collect_grouped
 from pleas.plan import Plan, make_plan
 from pleas.settings import MergeSettings
@@ -29,6 +29,8 @@ from pleas.solve import (
 )
 from pleas.symmetry import Permutation, Symmetry, permute_state, position_maps, state_of, trace
 from pleas.widen import Layouts, edit_graph
+
+DEFAULTS = MergeSettings()
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,8 @@ class LayerEvidence:
 class MergeResult:
     """The merged module and the evidence for it.
 
-    flops and parent_flops are measured on the modules by FlopCounterMode; averaged names the tensors that no least squares
-    covers and that were averaged over matched units.
+    flops and parent_flops are measured on the modules by FlopCounterMode; averaged names the tensors that no
+    least squares covers and that were averaged over matched units.
     """
 
     module: nn.Module
@@ -84,20 +86,25 @@ def merge(
     *,
     budget: float | None = None,
     apart: float | None = None,
-    settings: MergeSettings = MergeSettings(),
+    settings: MergeSettings = DEFAULTS,
     example: Tensor | None = None,
     progress: Progress | None = None,
 ) -> MergeResult:
-    """Merge two networks of one architecture on proxy inputs (PLeaS, arXiv 2407.02447, with closed-form solves).
+    """Merge two networks of one architecture on proxy inputs (PLeaS, arXiv 2407.02447, with closed-form
+    solves).
 
-    inputs:  a collection (read up to twice) of batches of normalised images (N, C, H, W); batches of pairs (x_a, x_b) where the
-             parents normalise differently
+    inputs:  a collection (read up to twice) of batches of normalised images (N, C, H, W); batches of pairs
+             (x_a, x_b) where the parents normalise differently
     budget:  multiply-adds of the result relative to one parent, 1.0 to 2.0; or
     apart:   fraction of the units of every class kept apart, 0 to 1
-    For several budgets call the stages (`trace`, `collect`, `match`, `make_plan`, `assemble`): one pass serves them all.
+    For several budgets call the stages (`trace`, `collect`, `match`, `make_plan`, `assemble`): one pass
+    serves them all.
     """
     if not hasattr(inputs, "__len__") and iter(inputs) is inputs:
-        raise InputError("inputs is a one-shot iterator; give a list of batches or a DataLoader (grouped layers need two passes)")
+        raise InputError(
+            "inputs is a one-shot iterator; give a list of batches or a DataLoader: "
+            "it is read once for its shape and up to twice for the statistics"
+        )
     if example is None:
         first = next(iter(inputs))
         example = (first if isinstance(first, Tensor) else first[0])[:2]
@@ -110,9 +117,9 @@ def merge(
     return assemble(symmetry, statistics, matching, plan, a, b, settings, example=example)
 
 
-def check_parents(a: nn.Module, b: nn.Module, settings: MergeSettings = MergeSettings()) -> None:
-    """Raise unless the parents are one architecture with finite weights; with separate heads their last tensors may differ in
-    the number of outputs. Says which tensors differ."""
+def check_parents(a: nn.Module, b: nn.Module, settings: MergeSettings = DEFAULTS) -> None:
+    """Raise unless the parents are one architecture with finite weights; with separate heads their last
+    tensors may differ in the number of outputs. Says which tensors differ."""
     states = [m.state_dict() for m in (a, b)]
     only = [sorted(set(x) - set(y)) for x, y in (states, states[::-1])]
     different = [
@@ -121,7 +128,13 @@ def check_parents(a: nn.Module, b: nn.Module, settings: MergeSettings = MergeSet
         if name in states[1] and value.shape != states[1][name].shape
     ]
     same_rest = all(len(line.split("(")) == 3 for line in different)
-    if settings.heads == "separate" and not any(only) and same_rest and len(different) <= 2 and _only_first_dim(states):
+    if (
+        settings.heads == "separate"
+        and not any(only)
+        and same_rest
+        and len(different) <= 2
+        and _only_first_dim(states)
+    ):
         different = []
     if any(only) or different:
         lines = [f"only in A: {', '.join(only[0][:5])}"] * bool(only[0])
@@ -129,13 +142,17 @@ def check_parents(a: nn.Module, b: nn.Module, settings: MergeSettings = MergeSet
         lines += different[:8]
         hint = " If only the head differs, ask for separate heads." if different and not any(only) else ""
         raise ArchitectureMismatch(
-            "the parents are not one architecture; tensors that differ:\n  " + "\n  ".join(lines) + "\nMerge two checkpoints of "
+            "the parents are not one architecture; tensors that differ:\n  "
+            + "\n  ".join(lines)
+            + "\nMerge two checkpoints of "
             f"the same model definition.{hint}"
         )
     for parent, state in zip("ab", states, strict=True):
         for name, value in state.items():
             if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-                raise NonFinite(f"parent {parent}: weights '{name}' hold NaN or infinity; the checkpoint is damaged")
+                raise NonFinite(
+                    f"parent {parent}: weights '{name}' hold NaN or infinity; the checkpoint is damaged"
+                )
 
 
 def _only_first_dim(states: list[dict[str, Tensor]]) -> bool:
@@ -159,8 +176,8 @@ def assemble(
 ) -> MergeResult:
     """Solve every layer for a plan and build the merged module.
 
-    least_squares=False leaves the partial-merge weights as they are: the permutation-only baseline at any budget.
-    Raises MergeFailed when the saved module's FLOPs are not the plan's or a solution is not finite.
+    least_squares=False leaves the partial-merge weights as they are: the permutation-only baseline at any
+    budget. Raises MergeFailed when the saved module's FLOPs are not the plan's or a solution is not finite.
     """
     program = symmetry.program
     layers = find_layers(program)
@@ -181,11 +198,22 @@ def assemble(
             merged |= _solve_norm(norm, statistics.units[norm.name], states, maps, layout, settings.ridge)
     for layer in layers:
         blocks[layer.name] = blocks_of(layer, layouts.axis(layer.weight, 1), layouts.axis(layer.weight, 0))
-    averaged = [name for name in (*program.parameters, *program.buffers, *program.added) if name not in merged]
+    averaged = [
+        name for name in (*program.parameters, *program.buffers, *program.added) if name not in merged
+    ]
     for name in averaged:
         merged[name] = _average(name, states, symmetry, layouts)
     module = _build(symmetry, layouts, layers, blocks, merged, plan, a)
-    return _finish(module, symmetry, plan, matching, evidence, [n for n in averaged if n in program.parameters], a, example)
+    return _finish(
+        module,
+        symmetry,
+        plan,
+        matching,
+        evidence,
+        [n for n in averaged if n in program.parameters],
+        a,
+        example,
+    )
 
 
 def _solve_layer(
@@ -209,19 +237,26 @@ def _solve_layer(
 def _evidence(layer: Layer, solution: LayerSolution) -> LayerEvidence:
     if not bool(torch.isfinite(solution.weight).all() and torch.isfinite(solution.residual).all()):
         raise MergeFailed(
-            f"layer '{layer.name}': the least-squares solution is not finite. Raise the ridge, or look at the proxies with diagnose."
+            f"layer '{layer.name}': the least-squares solution is not finite. "
+            "Raise the ridge, or look at the proxies with `datafree diagnose`."
         )
     return LayerEvidence(
-        layer.name, solution.relative_residual, solution.rows, solution.weight.shape[1], tuple(solution.dead.tolist())
+        layer.name,
+        solution.relative_residual,
+        solution.rows,
+        solution.weight.shape[1],
+        tuple(solution.dead.tolist()),
     )
 
 
 def _unfold(
     layer: Layer, solution: LayerSolution, states: tuple[Mapping[str, Tensor], ...], outputs: Layout
 ) -> dict[str, Tensor]:
-    """The solved affine map as the module's own tensors: batch norm is unfolded with the statistics the moments predict.
+    """The solved affine map as the module's own tensors: batch norm is unfolded with the statistics the
+    moments predict.
 
-    Any non-zero scale gives the same composed map; the parents' mean scale keeps the weights in their usual range.
+    Any non-zero scale gives the same composed map; the parents' mean scale keeps the weights in their usual
+    range.
     """
     norm, weight, bias = layer.norm, solution.weight, solution.bias
     out: dict[str, Tensor] = {}
@@ -246,7 +281,9 @@ def _unfold(
 
 def _merged_scale(norm: BatchNorm, states: tuple[Mapping[str, Tensor], ...], outputs: Layout) -> Tensor:
     """A safe scale per merged unit: the parents' mean magnitude, 1 where that is nil (a dead unit)."""
-    scales = [norm.affine(state)[0].abs()[outputs.source.clamp_max(len(state[norm.mean]) - 1)] for state in states]
+    scales = [
+        norm.affine(state)[0].abs()[outputs.source.clamp_max(len(state[norm.mean]) - 1)] for state in states
+    ]
     mix_a, mix_b = mixing(outputs)
     scale = mix_a * scales[0] + mix_b * scales[1]
     return torch.where(scale > 1e-6 * scale.max(), scale, 1.0)
@@ -260,8 +297,9 @@ def _solve_norm(
     layout: Layout,
     ridge: float,
 ) -> dict[str, Tensor]:
-    """A batch norm that stands alone, as the diagonal least-squares problem it is: per merged unit one scale and one shift
-    that map the mean of the parents' inputs to the mean of their outputs. Units kept apart keep their parent's map."""
+    """A batch norm that stands alone, as the diagonal least-squares problem it is: per merged unit one scale
+    and one shift that map the mean of the parents' inputs to the mean of their outputs. Units kept apart keep
+    their parent's map."""
     units = len(states[0][norm.mean])
     own_b = units + maps.get((norm.mean, 0), torch.arange(units))[layout.source]
     covariance, mean = moments.covariance[0], moments.mean[0]
@@ -272,7 +310,9 @@ def _solve_norm(
     var_a, var_b = covariance.diagonal()[layout.source], covariance.diagonal()[own_b]
     cov = covariance[layout.source, own_b]
     var_z = mix_a**2 * var_a + 2 * mix_a * mix_b * cov + mix_b**2 * var_b
-    cov_tz = mix_a**2 * scale_a * var_a + mix_a * mix_b * (scale_a + scale_b) * cov + mix_b**2 * scale_b * var_b
+    cov_tz = (
+        mix_a**2 * scale_a * var_a + mix_a * mix_b * (scale_a + scale_b) * cov + mix_b**2 * scale_b * var_b
+    )
     prior = mix_a * scale_a + mix_b * scale_b
     damping = ridge * torch.where(var_z.mean() > 0, var_z.mean(), 1.0)
     scale = torch.where(layout.kind == FUSED, (cov_tz + damping * prior) / (var_z + damping), prior)
@@ -280,7 +320,9 @@ def _solve_norm(
     mean_t = mix_a * (scale_a * mean[layout.source] + shift_a) + mix_b * (scale_b * mean[own_b] + shift_b)
     shift = torch.where(layout.kind == FUSED, mean_t - scale * mean_z, mix_a * shift_a + mix_b * shift_b)
     if norm.weight is None or norm.bias is None:
-        raise InputError(f"batch norm '{norm.name}' has no affine parameters and stands alone: it cannot be merged")
+        raise InputError(
+            f"batch norm '{norm.name}' has no affine parameters and stands alone: it cannot be merged"
+        )
     return {
         norm.weight: scale * (var_z + norm.eps).sqrt(),
         norm.bias: shift + scale * mean_z,
@@ -292,7 +334,8 @@ def _solve_norm(
 def _average(
     name: str, states: tuple[Mapping[str, Tensor], Mapping[str, Tensor]], symmetry: Symmetry, layouts: Layouts
 ) -> Tensor:
-    """A tensor no least squares covers, over matched units: fused units average, units kept apart keep their parent's."""
+    """A tensor no least squares covers, over matched units: fused units average, units kept apart keep their
+    parent's."""
     a, b = (state[name] for state in states)
     if not a.is_floating_point():
         return a.clone()
@@ -305,7 +348,9 @@ def _average(
     if a.dim() == 0:
         return (a + b) / 2
     shape = (outputs.size, *((inputs.size, *a.shape[2:]) if a.dim() > 1 else ()))
-    flat = [x.double().reshape(x.shape[0], x.shape[1] if x.dim() > 1 else 1, -1).movedim(1, 2) for x in (a, b)]
+    flat = [
+        x.double().reshape(x.shape[0], x.shape[1] if x.dim() > 1 else 1, -1).movedim(1, 2) for x in (a, b)
+    ]
     return partial_merge(flat[0], flat[1], inputs, outputs).movedim(2, 1).reshape(shape).to(a.dtype)
 
 
@@ -326,7 +371,9 @@ def _build(
     if not widened and not program.added:
         module = copy.deepcopy(a)
         state = module.state_dict()
-        module.load_state_dict(state | merged | {alias: merged[name] for alias, name in program.tied.items() if name in merged})
+        module.load_state_dict(
+            state | merged | {alias: merged[name] for alias, name in program.tied.items() if name in merged}
+        )
         return module.eval()
     split = {layer.name for layer in layers if len(blocks[layer.name]) > 1}
     graph = edit_graph(symmetry, layouts, layers, split)
@@ -338,7 +385,10 @@ def _build(
             consumed |= {layer.weight, *([layer.bias] if layer.bias else [])}
     parameters = {*program.parameters, *program.added}
     tensors = {
-        str(node.target): (_tensor(str(node.target), merged, program.constants), str(node.target) in parameters)
+        str(node.target): (
+            _tensor(str(node.target), merged, program.constants),
+            str(node.target) in parameters,
+        )
         for node in graph.nodes
         if node.op == "get_attr" and node.target not in consumed
     }
@@ -359,19 +409,20 @@ def _output(graph: fx.Graph, source: fx.Graph) -> fx.Node:
 def _block_layer(
     layer: Layer, blocks: tuple[Block, ...], layouts: Layouts, merged: Mapping[str, Tensor]
 ) -> BlockLayer:
-    inputs, outputs = layouts.axis(layer.weight, 1), layouts.axis(layer.weight, 0)
     rows = torch.cat([block.rows for block in blocks])
     order = None if bool((rows.diff() > 0).all()) else rows.argsort().tolist()
     geometry = None
     if layer.is_convolution:
-        geometry = dict(stride=layer.stride, padding=layer.padding, dilation=layer.dilation, groups=1)
-        geometry = {key: list(value) if isinstance(value, tuple) else value for key, value in geometry.items()}
+        geometry = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation, "groups": 1}
+        geometry = {
+            key: list(value) if isinstance(value, tuple) else value for key, value in geometry.items()
+        }
     module = BlockLayer(
         kernel=layer.kernel,
         reads=[_reads(block.columns) for block in blocks],
         widths=[len(block.columns) for block in blocks],
         rows=[len(block.rows) for block in blocks],
-        units=inputs.size,
+        units=layouts.axis(layer.weight, 1).size,
         order=order,
         bias=layer.bias is not None,
         geometry=geometry,
@@ -405,7 +456,8 @@ def _finish(
     extra = parent - plan.parent_flops  # contractions of activations (attention) are not layers
     if extra == 0 and measured != plan.flops:
         raise MergeFailed(
-            f"the merged module takes {measured:,} FLOPs where the plan promised {plan.flops:,}: please report this model"
+            f"the merged module takes {measured:,} FLOPs where the plan promised {plan.flops:,}: "
+            "please report this model"
         )
     return MergeResult(
         module=module,

@@ -1,8 +1,9 @@
 """The merged module: a network whose widened layers are stored, and computed, as their blocks (design 5).
 
-Structural zeros cost neither memory nor multiply-adds, so `FlopCounterMode` counts what the plan promised and a plan that
-fuses nothing is the two parents side by side. The module is built from a graph of core ATen ops and describes itself in plain
-data (`config`), from which `module_from_config` rebuilds it without the parents' source code.
+Structural zeros cost neither memory nor multiply-adds, so `FlopCounterMode` counts what the plan promised and
+a plan that fuses nothing is the two parents side by side. The module is built from a graph of core ATen ops
+and describes itself in plain data (`config`), from which `module_from_config` rebuilds it without the
+parents' source code.
 """
 
 from __future__ import annotations
@@ -41,16 +42,16 @@ class BlockLayer(nn.Module):
         geometry: Mapping[str, Any] | None,
     ) -> None:
         super().__init__()
-        self.config = dict(
-            kernel=list(kernel),
-            reads=[{kind: list(units) for kind, units in read.items()} for read in reads],
-            widths=list(widths),
-            rows=list(rows),
-            units=units,
-            order=None if order is None else list(order),
-            bias=bias,
-            geometry=None if geometry is None else dict(geometry),
-        )
+        self.config = {
+            "kernel": list(kernel),
+            "reads": [{kind: list(units) for kind, units in read.items()} for read in reads],
+            "widths": list(widths),
+            "rows": list(rows),
+            "units": units,
+            "order": None if order is None else list(order),
+            "bias": bias,
+            "geometry": None if geometry is None else dict(geometry),
+        }
         self.units = units
         self.geometry = self.config["geometry"]
         self.rows = list(rows)
@@ -82,7 +83,9 @@ class BlockLayer(nn.Module):
                 seen = x.narrow(dim, part[0], part[1] - part[0])
             else:
                 seen = x.index_select(dim, getattr(self, f"index_{i}"))
-            out.append(F.linear(seen, weight, bias) if self.geometry is None else self._convolve(seen, weight, bias))
+            out.append(
+                F.linear(seen, weight, bias) if self.geometry is None else self._convolve(seen, weight, bias)
+            )
         joined = out[0] if len(out) == 1 else torch.cat(out, dim)
         return joined if self.order is None else joined.index_select(dim, self.order)
 
@@ -90,14 +93,17 @@ class BlockLayer(nn.Module):
         g = self.geometry
         assert g is not None
         zeros = [0] * len(g["stride"])
-        return torch.convolution(x, weight, bias, g["stride"], g["padding"], g["dilation"], False, zeros, g["groups"])
+        return torch.convolution(
+            x, weight, bias, g["stride"], g["padding"], g["dilation"], False, zeros, g["groups"]
+        )
 
 
 class MergedNetwork(fx.GraphModule):
-    """The merged network at any budget. Parameter names are the parents' own; a layer in blocks has `weight_0`, `weight_1`...
+    """The merged network at any budget. Parameter names are the parents' own; a layer in blocks has
+    `weight_0`, `weight_1`...
 
-    Input: images as the parents see them, (N, C, H, W). Output: (N, K) logits; with one head per parent (N, K_a + K_b), A's
-    outputs first, and `head_sizes = (K_a, K_b)`.
+    Input: images as the parents see them, (N, C, H, W). Output: (N, K) logits; with one head per parent (N,
+        K_a + K_b), A's outputs first, and `head_sizes = (K_a, K_b)`.
     """
 
     config: dict[str, Any]
@@ -129,14 +135,24 @@ def build_network(
     for name, layer in layers.items():
         _attach(root, name, layer)
     for name, (value, trainable) in tensors.items():
-        _attach(root, name, nn.Parameter(value, requires_grad=trainable and value.is_floating_point()) if trainable else value)
+        _attach(
+            root,
+            name,
+            nn.Parameter(value, requires_grad=trainable and value.is_floating_point())
+            if trainable
+            else value,
+        )
     network = MergedNetwork(root, graph)
     network.config = {
         "format": 1,
         "graph": graph_to_data(graph),
         "layers": {name: layer.config for name, layer in layers.items()},
         "tensors": {
-            name: {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch."), "parameter": trainable}
+            name: {
+                "shape": list(value.shape),
+                "dtype": str(value.dtype).removeprefix("torch."),
+                "parameter": trainable,
+            }
             for name, (value, trainable) in tensors.items()
         },
         "head_sizes": list(head_sizes),
@@ -183,7 +199,7 @@ def module_from_config(config: Mapping[str, Any]) -> MergedNetwork:
     return build_network(graph, layers, tensors, config["head_sizes"], config["notes"])
 
 
-# ---- graphs as plain data -------------------------------------------------------------------------------------------
+# --- graphs as plain data ---
 
 
 def graph_to_data(graph: fx.Graph) -> list[dict[str, Any]]:
@@ -213,7 +229,10 @@ def graph_from_data(data: Sequence[Mapping[str, Any]]) -> fx.Graph:
     return graph
 
 
-_OPERATORS = {f"operator.{name}": getattr(operator, name) for name in ("getitem", "add", "sub", "mul", "floordiv", "mod")}
+_OPERATORS = {
+    f"operator.{name}": getattr(operator, name)
+    for name in ("getitem", "add", "sub", "mul", "floordiv", "mod")
+}
 
 
 def _target_to_data(node: fx.Node) -> str:
@@ -224,7 +243,10 @@ def _target_to_data(node: fx.Node) -> str:
             return name
     if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "aten":
         return str(node.target)
-    raise InputError(f"node '{node.name}' calls {node.target}, which is neither an aten op nor a plain operator: cannot be saved")
+    raise InputError(
+        f"node '{node.name}' calls {node.target}, which is neither an aten op nor a plain operator: "
+        "the merged module cannot be saved"
+    )
 
 
 def _target_from_data(op: str, target: str) -> Any:
@@ -253,7 +275,9 @@ def _to_data(value: Any) -> Any:
             return value
         case float():
             return value if abs(value) != float("inf") else {"float": str(value)}
-    raise InputError(f"cannot save an argument of type {type(value).__name__} ({value!r}) of the merged graph")
+    raise InputError(
+        f"cannot save an argument of type {type(value).__name__} ({value!r}) of the merged graph"
+    )
 
 
 def _from_data(value: Any, env: Mapping[str, fx.Node]) -> Any:
@@ -272,7 +296,8 @@ def _from_data(value: Any, env: Mapping[str, fx.Node]) -> Any:
 
 
 def flops(module: nn.Module, example: Tensor) -> int:
-    """Floating-point operations of one forward pass of one image, as FlopCounterMode counts them (2 per multiply-add).
+    """Floating-point operations of one forward pass of one image, as FlopCounterMode counts them (2 per
+    multiply-add).
 
     Runs on the meta device: no arithmetic, no change to the module.
     """

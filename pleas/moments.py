@@ -1,7 +1,8 @@
 """Streaming second moments of the parents' joint layer inputs (design 3).
 
-For every layer one pass over the proxies accumulates the mean and covariance of `u = [a; b]`: the two parents' input rows for
-the same image and position. Matching, plan, least squares and predicted residuals are linear algebra on these.
+For every layer one pass over the proxies accumulates the mean and covariance of `u = [a; b]`: the two
+parents' input rows for the same image and position. Matching, plan, least squares and predicted residuals are
+linear algebra on these.
 """
 
 from __future__ import annotations
@@ -24,10 +25,12 @@ Batch = Tensor | tuple[Tensor, Tensor]
 
 @dataclass
 class Moments:
-    """Count, mean and covariance of rows, accumulated in a stream; a leading dimension runs over a layer's groups.
+    """Count, mean and covariance of rows, accumulated in a stream; a leading dimension runs over a layer's
+    groups.
 
-    Products are taken in the rows' dtype per batch and summed in float64, about a shift close to the mean (the first batch's),
-    so that float32 batches lose nothing to cancellation. Moments of shards add up exactly as if seen in one stream.
+    Products are taken in the rows' dtype per batch and summed in float64, about a shift close to the mean
+    (the first batch's), so that float32 batches lose nothing to cancellation. Moments of shards add up
+    exactly as if seen in one stream.
     """
 
     count: int
@@ -75,7 +78,8 @@ class Statistics:
     """What one pass over the proxies leaves behind.
 
     joint:   layer -> moments of `[a; b]`, both in their own unit order, (1, 2 d_in)   (layers without groups)
-    units:   layer -> moments of the channels alone, (1, 2 channels)        (grouped layers and batch norms that stand alone)
+    units:   layer -> moments of the channels alone, (1, 2 channels)        (grouped layers and batch norms
+        that stand alone)
     grouped: layer -> moments of `[a_g; b_g]` group by group with b already aligned, (groups, 2 d_in)
     images:  how many images were seen
     """
@@ -125,9 +129,11 @@ class Statistics:
 
 
 class PositionSampler:
-    """A fixed, seeded choice of output positions per image: neighbouring positions of a map are nearly copies of one another.
+    """A fixed, seeded choice of output positions per image: neighbouring positions of a map are nearly copies
+    of one another.
 
-    The choice depends on (seed, size of the map, index of the image) only, so shards and batch sizes do not change it.
+    The choice depends on (seed, size of the map, index of the image) only, so shards and batch sizes do not
+    change it.
     """
 
     PERIOD = 256  # images after which the choices repeat
@@ -199,7 +205,8 @@ def collect_grouped(
 ) -> Statistics:
     """A second pass for grouped convolutions, whose groups can only be paired once the units are matched.
 
-    Joint moments of every pair of groups would cost `groups` times more; networks without groups return at once.
+    Joint moments of every pair of groups would cost `groups` times more; networks without groups return at
+    once.
     """
     layers = tuple(layer for layer in find_layers(symmetry.program) if layer.groups > 1)
     if not layers:
@@ -217,7 +224,9 @@ def collect_grouped(
 
 
 Gather = Callable[[Any, list[Tensor], Tensor | None], None]
-Site = tuple[Layer | BatchNorm, Gather]  # what is read at a node, and what to do with both parents' inputs there
+Site = tuple[
+    Layer | BatchNorm, Gather
+]  # what is read at a node, and what to do with both parents' inputs there
 
 
 def _accumulate(into: dict[str, Moments], name: str, rows: Tensor) -> None:
@@ -241,7 +250,8 @@ def _stream(
     progress: Progress | None,
     stage: str,
 ) -> int:
-    """Run both parents in lock step over all batches and hand every layer's inputs to `gather`. Returns images seen."""
+    """Run both parents in lock step over all batches and hand every layer's inputs to `gather`. Returns
+    images seen."""
     sampler = PositionSampler(settings.positions, settings.seed)
     total = len(inputs) if hasattr(inputs, "__len__") else 0  # type: ignore[arg-type]
     index = first_image
@@ -257,8 +267,8 @@ def _stream(
                 for value, parent in zip(values, "ab", strict=True):
                     if not bool(torch.isfinite(value.sum())):
                         raise NonFinite(
-                            f"parent {parent}: the input of layer '{site.name}' is NaN or infinite on the proxy images "
-                            f"(batch {done}). Check that parent's weights and the preprocessing (mean, std, range)."
+                            f"parent {parent}: the input of layer '{site.name}' is NaN or infinite on the proxy "
+                            "images. Check that parent's weights and the preprocessing (mean, std, range)."
                         )
                 gather(site, values, sampler(site, values[0], start) if isinstance(site, Layer) else None)
 
@@ -267,5 +277,7 @@ def _stream(
             if progress is not None:
                 progress(stage, done, total)
     if index == first_image:
-        raise InputError("no proxy images: the statistics need at least one batch. Check the proxy source and its count.")
+        raise InputError(
+            "no proxy images: the statistics need at least one batch. Check the proxy source and its count."
+        )
     return index - first_image

@@ -1,9 +1,10 @@
 """Which units to fuse and which to keep apart under a compute budget (design 4).
 
-Fusing a pair of units replaces `a` and `b` by `f = (a + b) / 2` and so loses `d = (a - b) / 2`. What that costs is read off the
-statistics: the part of the readers' outputs that `d` explains and no fused unit can. Widths then follow a greedy path over
-classes, the pair that saves most predicted error per multiply-add first. Plans of growing budgets are prefixes of one path, so
-more budget never predicts more error.
+Fusing a pair of units replaces `a` and `b` by `f = (a + b) / 2` and so loses `d = (a - b) / 2`. What that
+costs is read off the
+statistics: the part of the readers' outputs that `d` explains and no fused unit can. Widths then follow a
+    greedy path over classes, the pair that saves most predicted error per multiply-add first. Plans of
+    growing budgets are prefixes of one path, so more budget never predicts more error.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ class Plan:
 
     flops:           of the merged network's layers, per image (2 per multiply-add)
     parent_flops:    of one parent's layers
-    saved, at_stake: predicted relative error that keeping units apart avoids, and what fusing everything would cost
+    saved, at_stake: predicted relative error that keeping units apart avoids, and what fusing everything
+        would cost
     """
 
     classes: Mapping[int, ClassPlan]
@@ -61,13 +63,16 @@ def make_plan(
     budget: float | None = None,
     apart: float | None = None,
 ) -> Plan:
-    """A plan for a budget (multiply-adds relative to one parent, in [1, 2]) or for a fraction of every class kept apart.
+    """A plan for a budget (multiply-adds relative to one parent, in [1, 2]) or for a fraction of every class
+    kept apart.
 
-    Classes that cannot be widened stay fused. With separate heads the output class is two heads side by side; a budget below
-    what that alone costs gives the narrowest network.
+    Classes that cannot be widened stay fused. With separate heads the output class is two heads side by side;
+    a budget below what that alone costs gives the narrowest network.
     """
     if (budget is None) == (apart is None):
-        raise InputError("give exactly one of budget (multiply-adds, 1.0 to 2.0) and apart (fraction kept apart, 0 to 1)")
+        raise InputError(
+            "give exactly one of budget (multiply-adds, 1.0 to 2.0) and apart (fraction kept apart, 0 to 1)"
+        )
     if budget is not None and not 1 <= budget <= 2:
         raise InputError(f"budget = {budget}: must lie between 1.0 (one parent) and 2.0 (both side by side)")
     if apart is not None and not 0 <= apart <= 1:
@@ -75,7 +80,7 @@ def make_plan(
     costs = fusing_costs(symmetry, statistics, matching, a, b)
     order = {c: cost.argsort(descending=True) for c, cost in costs.items()}
     model = FlopModel(symmetry, _head_sizes(symmetry, a, b, settings))
-    widths = {c: 0 for c in costs}
+    widths = dict.fromkeys(costs, 0)
     if apart is not None:
         widths = _uniform(costs, apart)
     elif budget is not None and budget >= 2:
@@ -107,7 +112,9 @@ def _plan(
     return Plan(plans, model.total(widths), model.parent, saved, at_stake)
 
 
-def _head_sizes(symmetry: Symmetry, a: nn.Module, b: nn.Module, settings: MergeSettings) -> tuple[int, int] | None:
+def _head_sizes(
+    symmetry: Symmetry, a: nn.Module, b: nn.Module, settings: MergeSettings
+) -> tuple[int, int] | None:
     """Outputs of A and of B when each keeps its own head."""
     if settings.heads == "shared":
         return None
@@ -125,7 +132,7 @@ def _path(
     costs: Mapping[int, Tensor], order: Mapping[int, Tensor], model: FlopModel, allocation: str
 ) -> Iterator[dict[int, int]]:
     """Ever wider widths (units kept apart per class), from nothing apart to everything."""
-    widths = {c: 0 for c in costs}
+    widths = dict.fromkeys(costs, 0)
     yield dict(widths)
     if allocation == "uniform":
         steps = 8 * max((len(cost) for cost in costs.values()), default=0)
@@ -155,7 +162,7 @@ def _gain(c: int, ranked: Tensor, widths: Mapping[int, int], model: FlopModel) -
     return saved / max(1, model.total({**widths, c: m}, [c]) - model.total(widths, [c]))
 
 
-# ---- what a plan costs ---------------------------------------------------------------------------------------------
+# --- what a plan costs ---
 
 
 @dataclass(frozen=True)
@@ -182,7 +189,7 @@ class FlopModel:
 
     def __init__(self, symmetry: Symmetry, heads: tuple[int, int] | None) -> None:
         self.heads = heads
-        self._heads = {c: heads for c in symmetry.output} if heads else {}
+        self._heads = dict.fromkeys(symmetry.output, heads) if heads else {}
         layers = find_layers(symmetry.program)
         added = symmetry.program.added
         self._layers = [
@@ -201,7 +208,11 @@ class FlopModel:
 
     def total(self, widths: Mapping[int, int], classes: Sequence[int] | None = None) -> int:
         """FLOPs per image of all layers, or of those that touch the given classes."""
-        wanted = range(len(self._layers)) if classes is None else {i for c in classes for i in self._touching.get(c, ())}
+        wanted = (
+            range(len(self._layers))
+            if classes is None
+            else {i for c in classes for i in self._touching.get(c, ())}
+        )
         return sum(self._one(i, widths) for i in wanted)
 
     def _one(self, i: int, widths: Mapping[int, int]) -> int:
@@ -242,7 +253,7 @@ def output_places(symmetry: Symmetry, layers: Sequence[Layer]) -> list[int]:
     return totals
 
 
-# ---- what fusing costs ---------------------------------------------------------------------------------------------
+# --- what fusing costs ---
 
 
 def fusing_costs(
@@ -250,9 +261,9 @@ def fusing_costs(
 ) -> dict[int, Tensor]:
     """Predicted relative error of fusing each matched pair, per widenable class: {class: (units,)}.
 
-    For a reader with weights V = [W_A; W_B] let R = Cov(d | f) be what the fused inputs leave of d = (a - b) / 2. Fusing unit u
-    costs tr(V R_u R_uu^-1 R_u^T V^T): the error one gains by handing the reader d_u in addition, relative to the variance of
-    its outputs. Costs add up over the readers of a class.
+    For a reader with weights V = [W_A; W_B] let R = Cov(d | f) be what the fused inputs leave of d = (a - b)
+    / 2. Fusing unit u costs tr(V R_u R_uu^-1 R_u^T V^T): the error one gains by handing the reader d_u in
+    addition, relative to the variance of its outputs. Costs add up over the readers of a class.
     """
     program = symmetry.program
     widenable = [i for i, c in enumerate(symmetry.classes) if c.widenable and i not in symmetry.output]

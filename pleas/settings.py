@@ -12,9 +12,10 @@ from pleas.errors import InputError
 class MergeSettings:
     """Settings of a merge; the defaults are the ones the README's numbers were measured with.
 
-    matching:   "activation" (correlation of units on the proxies) or "weight" (Git Re-Basin coordinate descent, no images)
-    allocation: how a budget is spread over the classes: "error" (where fusing costs most per multiply-add), "uniform"
-                (the same share everywhere) or "zip" (late layers apart first, as ZipIt! and PLeaS)
+    matching:   "activation" (correlation of units on the proxies) or "weight" (Git Re-Basin coordinate
+        descent, no images)
+    allocation: how a budget is spread over the classes: "error" (where fusing costs most per multiply-add),
+                "uniform" (the same share everywhere) or "zip" (late layers apart first, as ZipIt! and PLeaS)
     heads:      "shared" (one head, the mean of the parents' logits) or "separate" (one head per parent)
     ridge:      relative to the mean diagonal of the Gram matrix, towards the partial-merge weights
     positions:  rows taken per image and layer, a seeded choice (design 3)
@@ -31,6 +32,10 @@ class MergeSettings:
 
     def __post_init__(self) -> None:
         if not self.ridge > 0:
-            raise InputError(f"ridge = {self.ridge}: must be > 0, for example 1e-3 (relative to the mean diagonal)")
+            raise InputError(
+                f"ridge = {self.ridge}: must be > 0, for example 1e-3 (relative to the mean diagonal)"
+            )
         if self.positions < 1:
-            raise InputError(f"positions = {self.positions}: at least one row per image is needed, 48 is the default")
+            raise InputError(
+                f"positions = {self.positions}: at least one row per image is needed, 48 is the default"
+            )

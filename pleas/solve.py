@@ -1,7 +1,8 @@
 """Normal equations -> layer: the closed-form least squares of PLeaS (arXiv 2407.02447, eq. 3) for any plan.
 
-The parents' layers are linear in `u = [a; b]`, so the merged inputs are `z = S u` and the targets `t = T u + c`; hence
-`Cov(z) = S Cov(u) S^T` and `Cov(t, z) = T Cov(u) S^T` come from the statistics alone, for any plan and ridge.
+The parents' layers are linear in `u = [a; b]`, so the merged inputs are `z = S u` and the targets `t = T u +
+c`; hence `Cov(z) = S Cov(u) S^T` and `Cov(t, z) = T Cov(u) S^T` come from the statistics alone, for any plan
+and ridge.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from pleas.moments import Moments
 
 @dataclass(frozen=True)
 class Block:
-    """Output positions that share one set of input positions; the rest of their weights are structurally zero."""
+    """Output positions that share one set of input positions; the rest of their weights are structurally
+    zero."""
 
     rows: Tensor
     columns: Tensor
@@ -29,7 +31,8 @@ class Block:
 class LayerSolution:
     """A solved layer and the evidence for it.
 
-    weight:   (out, d_in) canonical layout over merged positions, structural zeros included (grouped: one group's inputs)
+    weight:   (out, d_in) canonical layout over merged positions, structural zeros included (grouped: one
+        group's inputs)
     bias:     (out,)
     mean, variance: (out,) of the layer's output on the proxies, as predicted from the moments
     residual: (out,) predicted E (W z + b - t)^2
@@ -65,16 +68,18 @@ def blocks_of(layer: Layer, inputs: Layout, outputs: Layout) -> tuple[Block, ...
 
 
 def mixing(layout: Layout) -> tuple[Tensor, Tensor]:
-    """Coefficients of A's and B's unit in every merged unit: fused (1/2, 1/2), A-only (1, 0), B-only (0, 1)."""
+    """Coefficients of A's and B's unit in every merged unit: fused (1/2, 1/2), A-only (1, 0), B-only (0,
+    1)."""
     half = torch.where(layout.kind == FUSED, 0.5, 0.0).double()
     return half + (layout.kind == A_ONLY), half + (layout.kind == B_ONLY)
 
 
 def partial_merge(a: Tensor, b: Tensor, inputs: Layout, outputs: Layout) -> Tensor:
-    """The weights before least squares (design 5, reference notes 1b): (out, taps, in) from aligned parents' (o, taps, i).
+    """The weights before least squares (design 5, reference notes 1b): (out, taps, in) from aligned parents'
+    (o, taps, i).
 
-    Fused rows: mean of the parents' weights on fused inputs, half of each parent's on its own units. A-only rows: A's weights
-    on what they see. Rows of A never read units of B.
+    Fused rows: mean of the parents' weights on fused inputs, half of each parent's on its own units. A-only
+        rows: A's weights on what they see. Rows of A never read units of B.
     """
     weight_a = a[_rows(outputs, a)][:, :, _columns(inputs, a)]
     weight_b = b[_rows(outputs, b)][:, :, _columns(inputs, b)]
@@ -84,7 +89,7 @@ def partial_merge(a: Tensor, b: Tensor, inputs: Layout, outputs: Layout) -> Tens
 
 
 def _rows(layout: Layout, parent: Tensor) -> Tensor:
-    # Where a head belongs to the other parent, its position may not exist here; its coefficient is zero, any row will do.
+    # A head of the other parent may have no such position here: its coefficient is zero, any row will do.
     return layout.source.clamp_max(parent.shape[0] - 1)
 
 
@@ -145,7 +150,10 @@ def pose(
     target = _quadratic(part_a, covariance[: len(own_a), : len(own_a)])
     target = target + _quadratic(part_b, covariance[own_b][:, own_b])
     target = target + 2 * ((part_a @ covariance[: len(own_a)][:, own_b]) * part_b).sum(1)
-    bias = row_a * a[1][outputs.source.clamp_max(len(a[1]) - 1)] + row_b * b[1][outputs.source.clamp_max(len(b[1]) - 1)]
+    bias = (
+        row_a * a[1][outputs.source.clamp_max(len(a[1]) - 1)]
+        + row_b * b[1][outputs.source.clamp_max(len(b[1]) - 1)]
+    )
     mean_out = part_a @ mean[own_a] + part_b @ mean[own_b] + bias
     prior = partial_merge(a[0].unflatten(1, (taps, -1)), b[0].unflatten(1, (taps, -1)), inputs, outputs)
     mean_in = merge_columns(mean[None])[0]
@@ -157,7 +165,9 @@ def _quadratic(rows: Tensor, matrix: Tensor) -> Tensor:
     return ((rows @ matrix) * rows).sum(1)
 
 
-def solve(layer: Layer, problem: Problem, blocks: tuple[Block, ...], ridge: float, min_rows: float) -> LayerSolution:
+def solve(
+    layer: Layer, problem: Problem, blocks: tuple[Block, ...], ridge: float, min_rows: float
+) -> LayerSolution:
     """Minimise `E|W z + b - t|^2 + ridge * mean(diag Cov z) * |W - prior|^2` block by block.
 
     A layer without a bias of its own is solved about the origin instead of about the mean.
@@ -198,15 +208,17 @@ def check_rows(layer: Layer, rows: int, unknowns: int, min_rows: float) -> None:
     if rows < min_rows * unknowns:
         needed = int(min_rows * unknowns) + 1
         raise TooFewRows(
-            f"layer '{layer.name}': {rows} rows for {unknowns} unknowns per output (rank at most {rows}, at least {needed} "
-            f"rows are required). Give more proxy images, raise positions, or lower min_rows to lean on the ridge."
+            f"layer '{layer.name}': {rows} rows for {unknowns} unknowns per output (rank at most {rows}, at least "
+            f"{needed} rows are required). Give more proxy images, raise positions, or lower min_rows to lean on "
+            "the ridge."
         )
 
 
 def ridge_solve(gram: Tensor, cross: Tensor, prior: Tensor, ridge: float, name: str = "layer") -> Tensor:
     """Ridge regression towards a prior, from second moments.
 
-    Minimises `tr(W G W^T) - 2 tr(W C^T) + ridge * mean(diag G) * |W - prior|_F^2` (PLeaS, eq. 3, plus a prior).
+    Minimises `tr(W G W^T) - 2 tr(W C^T) + ridge * mean(diag G) * |W - prior|_F^2` (PLeaS, eq. 3, plus a
+    prior).
 
     gram:  (..., d_in, d_in) float64      cross: (..., d_out, d_in) float64      prior: (..., d_out, d_in)
     ridge: dimensionless, > 0
@@ -218,8 +230,8 @@ def ridge_solve(gram: Tensor, cross: Tensor, prior: Tensor, ridge: float, name: 
     factor, failed = torch.linalg.cholesky_ex(damped)
     if bool(failed.any()):
         raise SingularGram(
-            f"layer '{name}': its damped Gram matrix is not positive definite (ridge {ridge:g}, mean diagonal "
-            f"{float(level.mean()):g}). Raise the ridge or give more varied proxy images."
+            f"layer '{name}': its damped Gram matrix is not positive definite (ridge {ridge:g}, mean "
+            f"diagonal {float(level.mean()):g}). Raise the ridge or give more varied proxy images."
         )
     right = cross + damping[..., None, None] * prior
     return torch.cholesky_solve(right.mT, factor).mT
@@ -240,7 +252,8 @@ def solve_grouped(
     ridge: float,
     min_rows: float,
 ) -> LayerSolution:
-    """A grouped or depthwise layer: every merged group is one small problem; groups kept apart keep their weights exactly.
+    """A grouped or depthwise layer: every merged group is one small problem; groups kept apart keep their
+    weights exactly.
 
     moments: (groups, 2 d_in) with B already aligned. a, b as in `pose`.
     """
@@ -250,7 +263,9 @@ def solve_grouped(
     group = (outputs.source // per_out)[::per_out]
     kind = outputs.kind[::per_out]
     if not torch.equal((inputs.source // per_in)[::per_in], group):
-        raise SingularGram(f"layer '{layer.name}': its input and output groups were widened differently (internal error)")
+        raise SingularGram(
+            f"layer '{layer.name}': its input and output groups were widened differently (internal error)"
+        )
     covariance, mean = moments.covariance[group], moments.mean[group]
     weight_a, weight_b = (w.unflatten(0, (layer.groups, per_out))[group] for w in (a[0], b[0]))
     bias_a, bias_b = (w.unflatten(0, (layer.groups, per_out))[group] for w in (a[1], b[1]))
@@ -280,5 +295,7 @@ def solve_grouped(
     variance = ((weight @ gram) * weight).sum(-1)
     residual = variance - 2 * (weight * cross).sum(-1) + target + (mean_wz + solved_bias - mean_out).square()
     dead = dead_positions(gram.diagonal(dim1=-2, dim2=-1).unflatten(1, (layer.taps, -1)).sum(1).flatten())
-    flat = [x.flatten() for x in (solved_bias, mean_wz + solved_bias, variance, residual.clamp_min(0), target)]
+    flat = [
+        x.flatten() for x in (solved_bias, mean_wz + solved_bias, variance, residual.clamp_min(0), target)
+    ]
     return LayerSolution(weight.flatten(0, 1), *flat, moments.count, dead)

@@ -1,7 +1,9 @@
-"""Editing the parents' graph for a plan: widths that are written into shape constants, and layers in blocks."""
+"""Editing the parents' graph for a plan: widths that are written into shape constants, and layers in
+blocks."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -24,7 +26,8 @@ class Layouts:
         self._axes: dict[tuple[str, int], Layout] = {}
 
     def axis(self, tensor: str, dim: int) -> Layout:
-        """Layout of a parameter's or buffer's axis (dim 1 of a grouped weight: the virtual axis over all channels)."""
+        """Layout of a parameter's or buffer's axis (dim 1 of a grouped weight: the virtual axis over all
+        channels)."""
         key = (tensor, dim)
         if key not in self._axes:
             self._axes[key] = lay_out(self.symmetry.axis(tensor, dim), self.plans)
@@ -42,8 +45,8 @@ class Layouts:
 
 
 def edit_graph(symmetry: Symmetry, layouts: Layouts, layers: tuple[Layer, ...], split: set[str]) -> fx.Graph:
-    """The parents' graph with the plan's widths: shape constants rewritten, nodes of the layers named in `split` turned into
-    calls of their block module (named as the layer)."""
+    """The parents' graph with the plan's widths: shape constants rewritten, nodes of the layers named in
+    `split` turned into calls of their block module (named as the layer)."""
     by_node = {node: layer for layer in layers for node in layer.nodes if layer.name in split}
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
@@ -105,7 +108,7 @@ def _split(node: fx.Node, layouts: Layouts, args: list[Any]) -> list[Any]:
     for size in sizes:  # type: ignore[union-attr]
         bounds.append(bounds[-1] + size)
     starts = [_bound(node, layout, bound) for bound in bounds]
-    return [args[0], [y - x for x, y in zip(starts, starts[1:], strict=False)], dim]
+    return [args[0], [y - x for x, y in itertools.pairwise(starts)], dim]
 
 
 def _bound(node: fx.Node, layout: Layout, position: Any) -> int:
