@@ -1,0 +1,44 @@
+"""Proxy inputs: the images a merge is computed from when there are no data.
+
+spec = ProxySpec(count=768, sources=(InversionSpec(),))
+proxies = build_proxies(spec, parents, seed=0, cache=folder, base=folder)
+for images in proxies.batches(64): ...        # uint8 (n, channels, height, width)
+"""
+
+from __future__ import annotations
+
+# Every import of a source registers its kind; they come before `build`, whose recipe section lists the kinds.
+from datafree.proxy.images import ImagesSpec
+from datafree.proxy.inversion import InversionSpec
+from datafree.proxy.noise import NoiseSpec
+from datafree.proxy.procedural import ProceduralSpec
+
+from datafree.proxy.build import (  # isort: skip
+    ProxySet,
+    ProxySpec,
+    SourceReport,
+    build_proxies,
+    check_proxies,
+    common_input,
+)
+from datafree.proxy.source import SHARD, SOURCES, Request, Shard, Source, SourceSpec, register
+
+__all__ = [
+    "SHARD",
+    "SOURCES",
+    "ImagesSpec",
+    "InversionSpec",
+    "NoiseSpec",
+    "ProceduralSpec",
+    "ProxySet",
+    "ProxySpec",
+    "Request",
+    "Shard",
+    "Source",
+    "SourceReport",
+    "SourceSpec",
+    "build_proxies",
+    "check_proxies",
+    "common_input",
+    "register",
+]

@@ -1,0 +1,285 @@
+"""Images found by inverting the parents: their batch-norm layers remember the statistics of the training
+data.
+
+Every batch-norm layer of a trained network stores the mean and variance of its input over the training set.
+Images are changed, by gradient descent on their pixels, until the network's own activations on them have
+those statistics:
+
+    L_BN = mean over layers, mean over channels of  (m - mu)^2 / (var + eps) + (log((v + eps) / (var +
+    eps)))^2
+
+with m, v the mean and variance over the batch and mu, var the stored ones. It has no scale: one weight
+suits every layer width, batch and network, and losses of several networks add up. No labels are used. The
+descent starts from procedural images, which saves three quarters of the steps against a start from noise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import pydantic
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from datafree.errors import RunError, UsageError
+from datafree.preprocess import match_channels
+from datafree.proxy.procedural import Mix, paint
+from datafree.proxy.source import SHARD, Request, Shard, Source, SourceSpec, register
+
+if TYPE_CHECKING:
+    from datafree.models import Parent
+
+_BatchNorm = nn.modules.batchnorm._BatchNorm
+
+
+@register
+class InversionSpec(SourceSpec):
+    """Batch-norm inversion.
+
+    mode:   split: every shard's images are dealt to the parents in turn, each inverts its own part;
+            joint: every image serves both parents at once, for parents trained on the same kind of data
+    steps:  of Adam    rate: the largest step, in pixel values on [0, 1]; warms up, then falls along a cosine
+    smooth: weight of total variation    jitter: largest shift, as a fraction of the side
+    start:  what the descent starts from
+    """
+
+    kind: Literal["inversion"] = "inversion"
+    mode: Literal["split", "joint"] = "split"
+    steps: int = pydantic.Field(default=60, ge=1)
+    rate: float = pydantic.Field(default=0.05, gt=0)
+    smooth: float = pydantic.Field(default=0.05, ge=0)
+    jitter: float = pydantic.Field(default=0.0625, ge=0, le=0.5)
+    flip: bool = True
+    start: Literal["procedural", "noise"] = "procedural"
+
+    def bind(self, request: Request) -> Source:
+        targets = [_Target.of(parent, request) for parent in request.parents]
+        return _Inversion(self, request, targets)
+
+
+@dataclass(frozen=True)
+class _Target:
+    """One parent, and those of its batch-norm layers that were trained."""
+
+    parent: Parent
+    layers: tuple[_BatchNorm, ...]
+    notes: tuple[str, ...]
+
+    @staticmethod
+    def of(parent: Parent, request: Request) -> _Target:
+        named = {
+            name: module for name, module in parent.module.named_modules() if isinstance(module, _BatchNorm)
+        }
+        stored = {name: layer for name, layer in named.items() if layer.running_mean is not None}
+        trained = {name: layer for name, layer in stored.items() if not _untouched(layer)}
+        if not trained:
+            why = (
+                f"all its {len(stored)} batch-norm layers still have mean 0 and variance 1, so it was "
+                "never trained"
+                if stored
+                else "it has no batch-norm layer with running statistics"
+            )
+            raise UsageError(
+                f"parent {parent.name} ({parent.reference}) cannot be inverted: {why}. Use another source: "
+                "public images (kind: images), diffusion samples (kind: diffusion), or procedural images"
+            )
+        skipped = sorted(set(stored) - set(trained))
+        notes = []
+        if skipped:
+            more = ", ..." if len(skipped) > 5 else ""
+            notes.append(
+                f"parent {parent.name}: {len(skipped)} of {len(stored)} batch-norm layers were never trained "
+                f"(mean 0, variance 1) and are left out of the inversion: {', '.join(skipped[:5])}{more}"
+            )
+        return _Target(parent, tuple(trained.values()), tuple(notes))
+
+    def pixels_in(self, pixels: Tensor) -> Tensor:
+        """This parent's input for pixels in [0, 1], (n, channels, height, width)."""
+        mean = torch.tensor(self.parent.preprocess.mean, device=pixels.device).view(-1, 1, 1)
+        std = torch.tensor(self.parent.preprocess.std, device=pixels.device).view(-1, 1, 1)
+        return (pixels - mean) / std
+
+    def loss(self, pixels: Tensor) -> Tensor:
+        """L_BN of the batch, a scalar that can be differentiated."""
+        with _listening(self.layers) as terms:
+            self.parent.module(self.pixels_in(pixels))
+        return torch.stack(terms).mean()
+
+
+class _Inversion:
+    def __init__(self, spec: InversionSpec, request: Request, targets: Sequence[_Target]) -> None:
+        self._spec = spec
+        self._request = request
+        self._targets = targets
+        self.limit: int | None = None
+        self.notes: Sequence[str] = tuple(note for target in targets for note in target.notes)
+
+    def key(self) -> Mapping[str, Any]:
+        return {
+            "parents": [
+                [
+                    target.parent.fingerprint,
+                    target.parent.reference,
+                    list(target.parent.preprocess.mean),
+                    list(target.parent.preprocess.std),
+                ]
+                for target in self._targets
+            ]
+        }
+
+    def shard(self, index: int) -> Shard:
+        pixels = self._start(index).to(self._request.device)
+        images = torch.empty_like(pixels, dtype=torch.uint8)
+        losses: dict[str, float] = {}
+        if self._spec.mode == "joint":
+            groups = [(list(self._targets), slice(None))]
+        else:  # dealt in turn, so that every prefix of the shard is shared evenly
+            groups = [
+                ([target], slice(k, None, len(self._targets))) for k, target in enumerate(self._targets)
+            ]
+        for number, (targets, rows) in enumerate(groups):
+            with _on(self._request.device, targets):
+                found = self._descend(
+                    pixels[rows], targets, self._request.generator(index, "descent", str(number))
+                )
+                images[rows] = (found * 255).round().to(torch.uint8)
+                with torch.no_grad():
+                    for target in targets:
+                        losses[target.parent.name] = float(target.loss(images[rows].float() / 255))
+        return Shard(images.cpu(), {"bn_loss": losses})
+
+    def _start(self, index: int) -> Tensor:
+        """float32 (SHARD, channels, height, width) in [0, 1]."""
+        generator = self._request.generator(index, "start")
+        shape = (SHARD, self._request.channels, *self._request.size)
+        if self._spec.start == "noise":
+            return (torch.randn(shape, generator=generator) * 0.25 + 0.5).clamp(0, 1)
+        painted = (paint(Mix(), SHARD, self._request.size, generator) * 255).round().to(torch.uint8)
+        return match_channels(painted, self._request.channels).float() / 255
+
+    def _descend(self, pixels: Tensor, targets: Sequence[_Target], generator: torch.Generator) -> Tensor:
+        """The images after `steps` of Adam; pixels stay in [0, 1]."""
+        spec = self._spec
+        pixels = pixels.clone().requires_grad_()
+        optimiser = torch.optim.Adam([pixels], lr=spec.rate, betas=(0.5, 0.9))
+        height, width = self._request.size
+        reach = (round(spec.jitter * height), round(spec.jitter * width))
+        for step in range(spec.steps):
+            optimiser.param_groups[0]["lr"] = spec.rate * schedule(step, spec.steps)
+            with torch.enable_grad():
+                seen = _shifted(pixels, reach, spec.flip, generator)
+                loss = torch.stack([target.loss(seen) for target in targets]).sum()
+                loss = loss + spec.smooth * total_variation(pixels)
+            (pixels.grad,) = torch.autograd.grad(loss, [pixels])
+            if not torch.isfinite(loss):
+                raise RunError(
+                    f"inversion of {' and '.join(target.parent.name for target in targets)} met a loss "
+                    "that is not finite "
+                    f"at step {step + 1}: lower proxy rate ({spec.rate:g})"
+                )
+            optimiser.step()
+            with torch.no_grad():
+                pixels.clamp_(0, 1)
+        return pixels.detach()
+
+
+def schedule(step: int, steps: int) -> float:
+    """Share of the full rate at `step`: a linear rise over the first tenth, then a cosine to zero."""
+    warm = max(1, steps // 10)
+    if step < warm:
+        return (step + 1) / warm
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+def total_variation(pixels: Tensor) -> Tensor:
+    """Mean absolute difference of neighbours, down and across."""
+    down = (pixels[..., 1:, :] - pixels[..., :-1, :]).abs().mean()
+    across = (pixels[..., :, 1:] - pixels[..., :, :-1]).abs().mean()
+    return down + across
+
+
+def _shifted(pixels: Tensor, reach: tuple[int, int], flip: bool, generator: torch.Generator) -> Tensor:
+    """The batch moved by one random offset, edges mirrored, and mirrored as a whole half of the time."""
+    down, across = (int(torch.randint(0, 2 * r + 1, (), generator=generator)) for r in reach)
+    mirrored = flip and bool(torch.rand((), generator=generator) < 0.5)
+    if any(reach):
+        height, width = pixels.shape[-2:]
+        pixels = functional.pad(pixels, (reach[1], reach[1], reach[0], reach[0]), mode="reflect")
+        pixels = pixels[..., down : down + height, across : across + width]
+    return pixels.flip(-1) if mirrored else pixels
+
+
+def _untouched(layer: _BatchNorm) -> bool:
+    """Whether the running statistics are still those of a new layer."""
+    mean, variance = layer.running_mean, layer.running_var
+    assert mean is not None
+    assert variance is not None
+    return bool((mean == 0).all() and (variance == 1).all())
+
+
+@contextmanager
+def _listening(layers: Sequence[_BatchNorm]) -> Iterator[list[Tensor]]:
+    """Collects each layer's share of L_BN from its input while the network runs; hooks are gone afterwards."""
+    terms: list[Tensor] = []
+
+    def listen(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        assert isinstance(layer, _BatchNorm)
+        term = _StatisticsLoss.apply(inputs[0], layer.running_mean, layer.running_var, layer.eps)
+        assert isinstance(term, Tensor)
+        terms.append(term)
+
+    handles = [layer.register_forward_pre_hook(listen) for layer in layers]
+    try:
+        yield terms
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _on(device: torch.device, targets: Sequence[_Target]) -> Iterator[None]:
+    """The parents moved to `device` for the while, parameters frozen, in evaluation mode."""
+    homes = [next(target.parent.module.parameters()).device for target in targets]
+    try:
+        for target in targets:
+            target.parent.module.to(device)
+        yield
+    finally:
+        for target, home in zip(targets, homes, strict=True):
+            target.parent.module.to(home)
+
+
+class _StatisticsLoss(torch.autograd.Function):
+    """One layer's term of L_BN, averaged over its channels.
+    channels.
+
+    The gradient is affine in the input, channel by channel, so it is written down instead of recorded: with
+    sums that run along contiguous memory this costs a few per cent of a step, where `torch.var_mean` costs
+    as much as a convolution.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, mean: Tensor, variance: Tensor, eps: float) -> Tensor:
+        channels = value.shape[1]
+        count = value.numel() // channels
+        flat = value.float().reshape(len(value), channels, -1)
+        found = flat.sum(2).sum(0) / count
+        square = torch.linalg.vector_norm(flat, dim=2).square().sum(0) / count
+        spread = (square - found.square()).clamp_min(0) + eps
+        offset, ratio = found - mean, torch.log(spread / (variance + eps))
+        slope = 4 * ratio / spread / (count * channels)
+        constant = 2 * offset / (variance + eps) / (count * channels) - slope * found
+        ctx.save_for_backward(value, slope, constant)
+        return (offset.square() / (variance + eps) + ratio.square()).mean()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        value, slope, constant = ctx.saved_tensors
+        shape = (1, -1, *(1 for _ in value.shape[2:]))
+        slope, constant = (slope * gradients[0]).view(shape), (constant * gradients[0]).view(shape)
+        return torch.addcmul(constant, value, slope).to(value.dtype), None, None, None
