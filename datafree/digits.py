@@ -1,0 +1,198 @@
+"""The quickstart's experts: small residual networks, trained in seconds on scikit-learn's real handwritten
+digits.
+
+    upright, rotated   all ten digits, in two domains: as stored, and inverted and turned by 90 degrees
+    low, high          digits 0-4 and 5-9, upright: two label spaces
+
+Each is trained from its own seed on the training split when it is first asked for, and kept as safetensors in
+the cache under a hash of its settings. The images are put aside after that: a merge sees the weights only.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional
+
+from datafree.errors import RunError, UsageError
+from datafree.images import DigitsSpec, ImageSpec, load_images
+from datafree.preprocess import Preprocess
+from datafree.seeds import derive_seed
+from datafree.store import cache_folder, stage_key
+
+Progress = Callable[[str, int, int], None]  # stage, done, total
+
+PREPROCESS = Preprocess(size=(16, 16), mean=(0.5,), std=(0.4,))
+SHIFT = 2  # pixels at 16 x 16, the augmentation
+VERSION = 1  # raised whenever the code below would train other weights from the same settings
+
+
+class Block(nn.Module):
+    """Two 3 x 3 convolutions with batch norm; a 1 x 1 one on the shortcut where the shape changes."""
+
+    def __init__(self, width_in: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width_in, width, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or width_in != width:
+            self.shortcut.append(nn.Conv2d(width_in, width, 1, stride, bias=False)).append(
+                nn.BatchNorm2d(width)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = functional.relu(self.bn1(self.conv1(x)))
+        return functional.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+
+
+class DigitsResNet(nn.Module):
+    """Grey 16 x 16 images -> class scores: a stem and a residual block per width, the later ones halving."""
+
+    def __init__(self, num_classes: int, widths: tuple[int, ...]) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, widths[0], 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(widths[0])
+        self.blocks = nn.Sequential(
+            *(
+                Block(widths[max(stage - 1, 0)], width, 2 if stage else 1)
+                for stage, width in enumerate(widths)
+            )
+        )
+        self.linear = nn.Linear(widths[-1], num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.blocks(functional.relu(self.bn1(self.conv1(x))))
+        return self.linear(x.mean((2, 3)))
+
+
+def digits_resnet(num_classes: int = 10, widths: tuple[int, ...] = (16, 32, 64)) -> DigitsResNet:
+    """What `python:datafree.digits:digits_resnet` builds, with random weights."""
+    return DigitsResNet(num_classes, tuple(widths))
+
+
+@dataclass(frozen=True)
+class Expert:
+    """Settings of one expert: together with VERSION they decide its weights."""
+
+    name: str
+    domain: Literal["upright", "rotated"]
+    digits: tuple[int, ...]
+    seed: int
+    epochs: int = 20
+    batch: int = 50
+    learning_rate: float = 0.02
+    weight_decay: float = 5e-4
+
+    def path(self) -> Path:
+        """Where the cached weights lie, whether or not they are there yet."""
+        settings = {**asdict(self), "version": VERSION, "preprocess": PREPROCESS.to_dict(), "shift": SHIFT}
+        return cache_folder() / "digits" / f"{self.name}-{stage_key('digits', settings)[:16]}.safetensors"
+
+
+_ALL, _LOW, _HIGH = tuple(range(10)), tuple(range(5)), tuple(range(5, 10))
+EXPERTS: dict[str, Expert] = {
+    expert.name: expert
+    for expert in (
+        Expert("upright", "upright", _ALL, seed=1),
+        Expert("rotated", "rotated", _ALL, seed=2),
+        Expert("low", "upright", _LOW, seed=3),
+        Expert("high", "upright", _HIGH, seed=4),
+    )
+}
+
+
+def expert(name: str) -> Expert:
+    """Raises UsageError for a name that is not in EXPERTS."""
+    if name not in EXPERTS:
+        near = difflib.get_close_matches(name, EXPERTS, n=1)
+        hint = f"; did you mean 'digits:{near[0]}'?" if near else ""
+        raise UsageError(
+            f"'digits:{name}' is no expert of the quickstart; there are {', '.join(EXPERTS)}{hint}"
+        )
+    return EXPERTS[name]
+
+
+def train(expert: Expert, path: Path, progress: Progress | None = None) -> None:
+    """Train `expert` and write its weights to `path`, by way of a temporary name beside it.
+
+    Deterministic on one machine: one thread, and a generator of its own; neither choice outlasts the call.
+    """
+    model = trained(expert, progress)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(model.state_dict(), partial)
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise RunError(
+            f"the expert digits:{expert.name} cannot be written to {path} ({error}): free some space, or set "
+            "DATAFREE_CACHE to another folder"
+        ) from error
+
+
+def trained(expert: Expert, progress: Progress | None = None) -> DigitsResNet:
+    """The network that `expert`'s settings give, in evaluation mode."""
+    spec = ImageSpec(digits=DigitsSpec(domain=expert.domain, split="train"), keep_labels=expert.digits)
+    images = load_images(spec, Path())
+    assert images.labels is not None
+    pixels = PREPROCESS(images.batch(range(len(images))))
+    targets = torch.from_numpy(images.labels - expert.digits[0])
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)  # sums in another order would give other weights
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(expert.seed, "digits", expert.name))
+            model = digits_resnet(len(expert.digits))
+            _fit(model, pixels, targets, expert, progress)
+    finally:
+        torch.set_num_threads(threads)
+    return model.eval()
+
+
+def _fit(
+    model: DigitsResNet, pixels: Tensor, targets: Tensor, expert: Expert, progress: Progress | None
+) -> None:
+    """SGD with Nesterov momentum, one cosine cycle with warm-up, random shifts."""
+    steps = len(pixels) // expert.batch
+    optimiser = torch.optim.SGD(
+        model.parameters(),
+        lr=expert.learning_rate,
+        momentum=0.9,
+        nesterov=True,
+        weight_decay=expert.weight_decay,
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimiser, max_lr=expert.learning_rate, epochs=expert.epochs, steps_per_epoch=steps
+    )
+    model.train()
+    for epoch in range(expert.epochs):
+        order = torch.randperm(len(pixels))
+        for step in range(steps):
+            chosen = order[step * expert.batch : (step + 1) * expert.batch]
+            loss = functional.cross_entropy(model(_shifted(pixels[chosen])), targets[chosen])
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            optimiser.step()
+            schedule.step()
+        if progress is not None:
+            progress(f"training the expert digits:{expert.name}", epoch + 1, expert.epochs)
+
+
+def _shifted(batch: Tensor) -> Tensor:
+    """Each image moved by up to SHIFT pixels either way; what comes in at the edge repeats the edge."""
+    count, _, height, width = batch.shape
+    padded = functional.pad(batch, (SHIFT, SHIFT, SHIFT, SHIFT), mode="replicate")
+    rows = torch.randint(2 * SHIFT + 1, (count, 1, 1)) + torch.arange(height).view(1, -1, 1)
+    columns = torch.randint(2 * SHIFT + 1, (count, 1, 1)) + torch.arange(width).view(1, 1, -1)
+    return padded[torch.arange(count).view(-1, 1, 1), 0, rows, columns].unsqueeze(1)
