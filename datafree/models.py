@@ -20,7 +20,8 @@ from datafree.preprocess import Interpolation, Preprocess, PreprocessSpec
 from datafree.references import Blueprint, build, build_model
 from datafree.seeds import derive_seed
 from datafree.spec import Spec, resolve_path
-from datafree.weights import check_finite, fingerprint, load_into, load_weights
+from datafree.store import content_hash
+from datafree.weights import check_finite, load_into, load_weights
 
 __all__ = [
     "Parent",
@@ -137,7 +138,7 @@ def _load(spec: ParentSpec, name: str, base: Path, probe: bool, progress: Progre
         reference=spec.model,
         arguments=dict(spec.arguments),
         weights=path,
-        fingerprint=fingerprint(state),
+        fingerprint=content_hash(state),
         notes=notes,
     )
 

@@ -184,8 +184,13 @@ def _from_artefact(folder: Path, rest: str, arguments: Mapping[str, Any]) -> Blu
             f"local-dir:{rest}: a folder saved by datafree takes no arguments; remove {dict(arguments)}"
         )
     artefact = load(folder)
+    known = artefact.config["input"] is not None
     return Blueprint(
-        artefact.module, artefact.preprocess.to_dict(), f"{folder / 'config.json'}", trained=True
+        artefact.module,
+        artefact.preprocess.to_dict() if known else {},
+        f"{folder / 'config.json'}",
+        trained=True,
+        classes=artefact.heads[0].classes if len(artefact.heads) == 1 else None,
     )
 
 

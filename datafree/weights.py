@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import pickle
 import re
 from collections.abc import Iterable, Mapping
@@ -89,16 +88,6 @@ def check_finite(state: Mapping[str, Tensor], source: str) -> None:
             f"the weights in {source} hold NaN or infinity in {_listing(broken)}: "
             "the training run that wrote them probably diverged; use an earlier checkpoint"
         )
-
-
-def fingerprint(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, types, shapes and bytes of a state dict, independent of its order."""
-    digest = hashlib.sha256()
-    for key in sorted(state):
-        value = state[key].detach().cpu().contiguous()
-        digest.update(f"{key}|{value.dtype}|{tuple(value.shape)}|".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _read_safetensors(path: Path) -> object:
