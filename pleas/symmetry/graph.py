@@ -1,53 +1,33 @@
-"""From a module to one plain `torch.fx` graph of core ATen ops, and an interpreter that runs several parents through it.
+"""From a module to one plain `torch.fx` graph of core ATen ops.
 
-The graph is functional (in-place ops are gone), has one placeholder, the image batch, and names every parameter and
-buffer by its state-dict key, so that any network of the same architecture can be run through it by handing in its
-state dict. `aten.linear` and `aten.scaled_dot_product_attention` are kept whole: they are faster and easier to read.
+The graph is functional (in-place ops are gone), has one placeholder, the image batch, and names every
+parameter and buffer by its state-dict key: any network of the same architecture can be run through it by
+handing in its state dict. `aten.linear` and `aten.scaled_dot_product_attention` are kept whole, which is
+faster to run and easier to read.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
+from torch.utils import _pytree as pytree
 
 from pleas.errors import UnsupportedModel
+from pleas.symmetry.program import Program, execute, logits_of, named_tensors, state_of
 from pleas.symmetry.rewrites import REWRITES
+
+__all__ = ["Program", "execute", "export_program", "logits_of", "state_of"]
 
 aten = torch.ops.aten
 
 KEPT_WHOLE = (aten.linear.default, aten.scaled_dot_product_attention.default)
 LARGE_CONSTANT = 1024  # elements; a lifted float constant above this is mentioned in the notes
-
-Visit = Callable[[fx.Node, list[tuple[Any, ...]], list[dict[str, Any]]], None]
-
-
-@dataclass(frozen=True)
-class Program:
-    """One architecture as a graph whose get_attr targets are state-dict keys.
-
-    parameters, buffers: the keys the graph uses, in order of first use in the module
-    constants: tensors the graph needs that are in no state dict, by their target ("constants.NAME")
-    added:     parameters created by a rewrite, with their initial value, the same for every parent
-    tied:      further names of a parameter or buffer -> the name the graph uses
-    notes:     what was rewritten, ignored or fixed, one sentence each
-    batch:     the batch size baked into the graph, None when any batch size runs
-    """
-
-    graph: fx.Graph
-    parameters: tuple[str, ...]
-    buffers: tuple[str, ...]
-    constants: Mapping[str, Tensor]
-    added: Mapping[str, Tensor] = field(default_factory=dict)
-    tied: Mapping[str, str] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-    batch: int | None = None
 
 
 def export_program(model: nn.Module, example: Tensor, rewrites: Sequence[str] = ("pad_to_conv",)) -> Program:
@@ -64,100 +44,6 @@ def export_program(model: nn.Module, example: Tensor, rewrites: Sequence[str] = 
     for name in rewrites:
         program = REWRITES[name](program)
     return program
-
-
-def state_of(program: Program, model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of `model` for every get_attr target of the graph (detached, not copied)."""
-    tensors = _named_tensors(model)
-    missing = [name for name in (*program.parameters, *program.buffers) if name not in tensors]
-    if missing:
-        raise UnsupportedModel(
-            f"{type(model).__name__} has no tensor named {missing[0]!r} ({len(missing)} missing in all); "
-            "it is not the architecture that was exported"
-        )
-    state = {name: tensors[name].detach() for name in (*program.parameters, *program.buffers)}
-    return state | dict(program.constants) | dict(program.added)
-
-
-def execute(
-    graph: fx.Graph,
-    states: Sequence[Mapping[str, Tensor]],
-    inputs: Sequence[Tensor],
-    visit: Visit | None = None,
-) -> list[Tensor]:
-    """Run several parents in lock-step through one graph; returns each parent's output.
-
-    visit(node, args, kwargs) is called before every call_function node with the resolved arguments of every parent.
-    A value is dropped after its last use, so memory is that of a plain forward pass times the number of parents.
-    """
-    last_use = _last_uses(graph)
-    values: list[dict[fx.Node, Any]] = [{} for _ in states]
-    for node in graph.nodes:
-        if node.op == "placeholder":
-            for parent, batch in zip(values, inputs, strict=True):
-                parent[node] = batch
-        elif node.op == "get_attr":
-            for parent, state in zip(values, states, strict=True):
-                parent[node] = state[node.target]
-        elif node.op == "output":
-            return [parent[node.args[0]] for parent in values]
-        else:
-            args, kwargs = _resolve(node, values, inputs)
-            if visit is not None:
-                visit(node, args, kwargs)
-            for parent, a, k in zip(values, args, kwargs, strict=True):
-                parent[node] = node.target(*a, **k)
-            del args, kwargs
-        for dead in last_use.get(node, ()):
-            for parent in values:
-                del parent[dead]
-    raise AssertionError("a graph without an output node")
-
-
-def logits_of(output: object) -> Tensor | None:
-    """The one tensor of a model's output: itself, the only tensor of a tuple, or the entry called `logits`."""
-    if isinstance(output, Tensor):
-        return output
-    if isinstance(output, Mapping):
-        if isinstance(output.get("logits"), Tensor):
-            return output["logits"]
-        output = list(output.values())
-    if isinstance(output, Sequence):
-        tensors = [item for item in output if isinstance(item, Tensor)]
-        if len(tensors) == 1:
-            return tensors[0]
-    return None
-
-
-# --- execution ---------------------------------------------------------------------------------------------------
-
-
-def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
-    """node -> the values nobody needs after it."""
-    seen: set[fx.Node] = set()
-    dead: dict[fx.Node, list[fx.Node]] = {}
-    for node in reversed(graph.nodes):
-        if node.op == "output":
-            seen.update(node.all_input_nodes)
-            continue
-        unread = [source for source in (*node.all_input_nodes, node) if source not in seen]
-        seen.update(unread)
-        if unread:
-            dead[node] = unread
-    return dead
-
-
-def _resolve(
-    node: fx.Node, values: Sequence[Mapping[fx.Node, Any]], inputs: Sequence[Tensor]
-) -> tuple[list[tuple[Any, ...]], list[dict[str, Any]]]:
-    args = [fx.node.map_arg(node.args, parent.__getitem__) for parent in values]
-    kwargs = [fx.node.map_arg(node.kwargs, parent.__getitem__) for parent in values]
-    if node.kwargs.get("device") is not None:  # export writes down its own device; follow the inputs instead
-        kwargs = [{**k, "device": batch.device} for k, batch in zip(kwargs, inputs, strict=True)]
-    return args, kwargs
-
-
-# --- export ------------------------------------------------------------------------------------------------------
 
 
 def _fresh_copy(model: nn.Module) -> nn.Module:
@@ -200,16 +86,11 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0][:200].rstrip('.')}" if lines else type(error).__name__
 
 
-def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    parameters = model.named_parameters(remove_duplicate=False)
-    return dict(parameters) | dict(model.named_buffers(remove_duplicate=False))
-
-
 def _tied_names(model: nn.Module) -> dict[str, str]:
     """Further name -> first name, for every tensor that the module reaches under several names."""
     first: dict[int, str] = {}
     tied: dict[str, str] = {}
-    for name, tensor in _named_tensors(model).items():
+    for name, tensor in named_tensors(model).items():
         if id(tensor) in first:
             tied[name] = first[id(tensor)]
         else:
@@ -221,7 +102,7 @@ def _plain_program(exported: ExportedProgram, model: nn.Module, notes: list[str]
     """Turn lifted inputs back into get_attr nodes, drop guards, keep one placeholder and one output."""
     owner = type(model).__name__
     tied = _tied_names(model)
-    tensors = _named_tensors(model)
+    tensors = named_tensors(model)
     specs = {spec.arg.name: spec for spec in exported.graph_signature.input_specs}
     constants: dict[str, Tensor] = {}
     graph = fx.Graph()
@@ -253,14 +134,8 @@ def _plain_program(exported: ExportedProgram, model: nn.Module, notes: list[str]
         for name, value in constants.items()
         if value.is_floating_point() and value.numel() > LARGE_CONSTANT
     ]
-    batch = placeholders[0].meta["val"].shape[0]
-    logits = next(iter(reversed(graph.nodes))).args[0].meta["val"]  # type: ignore[union-attr]
-    if not logits.dim() or str(logits.shape[0]) != str(batch):
-        raise UnsupportedModel(
-            f"the forward of {owner} must return one row per image, but its output has shape "
-            f"({', '.join(map(str, logits.shape))}) for a batch of size {batch}"
-        )
-    if isinstance(batch, int) and not any(note.startswith("The batch size") for note in notes):
+    batch = _check_rows(graph, placeholders[0], owner)
+    if batch is not None and not any(note.startswith("The batch size") for note in notes):
         notes.append(f"The batch size is fixed at {batch} by the forward of {owner}.")
     parameters = dict(model.named_parameters(remove_duplicate=False))
     return Program(
@@ -270,8 +145,23 @@ def _plain_program(exported: ExportedProgram, model: nn.Module, notes: list[str]
         constants=constants,
         tied={name: first for name, first in tied.items() if first in used},
         notes=tuple(notes),
-        batch=batch if isinstance(batch, int) else None,
+        batch=batch,
     )
+
+
+def _check_rows(graph: fx.Graph, images: fx.Node, owner: str) -> int | None:
+    """The batch size baked into the graph, None if symbolic; the logits must have one row per image.
+
+    Sizes are compared as text: comparing symbols would make export's shape environment specialise them.
+    """
+    result: Any = next(iter(reversed(graph.nodes))).args[0]
+    rows, shape = str(images.meta["val"].shape[0]), [str(size) for size in result.meta["val"].shape]
+    if not shape or shape[0] != rows:
+        raise UnsupportedModel(
+            f"the forward of {owner} must return one row per image, but its output has shape "
+            f"({', '.join(shape)}) for a batch of {rows}"
+        )
+    return int(rows) if rows.isdigit() else None
 
 
 def _single_output(exported: ExportedProgram, output: fx.Node, owner: str, notes: list[str]) -> fx.Node:
@@ -287,7 +177,7 @@ def _single_output(exported: ExportedProgram, output: fx.Node, owner: str, notes
     values = [node for node, spec in zip(results, specs, strict=True) if spec.kind is OutputKind.USER_OUTPUT]
     # Rebuild the user's own structure from stand-ins: that is how `logits` is found by name.
     stand_ins = [torch.empty(0) if isinstance(node, fx.Node) else node for node in values]
-    structure = torch.utils._pytree.tree_unflatten(stand_ins, exported.call_spec.out_spec)  # type: ignore[arg-type]
+    structure = pytree.tree_unflatten(stand_ins, exported.call_spec.out_spec)  # type: ignore[arg-type]
     chosen = logits_of(structure)
     if chosen is None:
         raise UnsupportedModel(
@@ -332,4 +222,3 @@ def _keeps_everything(node: fx.Node) -> bool:
     return start in (None, 0) and whole and step == 1
 
 
-__all__ = ["Program", "execute", "export_program", "logits_of", "state_of"]

@@ -195,7 +195,7 @@ class Baked(nn.Module):
 
 class Mixes(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        return x.reshape(2, -1)
+        return x.reshape(4, -1)
 
 
 class TwoInputs(nn.Module):
@@ -218,7 +218,7 @@ def test_what_cannot_be_exported_is_refused_in_one_sentence() -> None:
     ):
         export_program(TwoInputs(), images)
     with pytest.raises(
-        UnsupportedModel, match=r"forward of Mixes must return one row per image, but .* \(2, 6\*s\d+\)"
+        UnsupportedModel, match=r"forward of Mixes must return one row per image, but .* \(4, .*\) for a batch of s?\d+"
     ):
         export_program(Mixes(), images)
     with pytest.raises(UnsupportedModel, match="unknown rewrite 'pad'; known rewrites: pad_to_conv"):
@@ -249,6 +249,6 @@ def test_values_are_freed_after_their_last_use() -> None:
 def test_another_architecture_is_named() -> None:
     program = export_program(CASES["residual"].model(), CASES["residual"].example())
     with pytest.raises(
-        UnsupportedModel, match=r"has no tensor named '1.reduce.0.weight' \(\d+ missing in all\)"
+        UnsupportedModel, match=r"has no tensor named '0.0.weight' \(\d+ missing in all\)"
     ):
         state_of(program, CASES["plain"].model())

@@ -1,0 +1,132 @@
+"""One architecture as a graph, and an interpreter that runs several parents through it in lock-step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torch.fx.node import map_arg
+
+from pleas.errors import UnsupportedModel
+
+Visit = Callable[[fx.Node, list[tuple[Any, ...]], list[dict[str, Any]]], None]
+
+
+@dataclass(frozen=True)
+class Program:
+    """One architecture as a graph whose get_attr targets are state-dict keys.
+
+    parameters, buffers: the keys the graph uses, in order of first use in the module
+    constants: tensors the graph needs that are in no state dict, by their target ("constants.NAME")
+    added:     parameters created by a rewrite, with their initial value, the same for every parent
+    tied:      further names of a parameter or buffer -> the name the graph uses
+    notes:     what was rewritten, ignored or fixed, one sentence each
+    batch:     the batch size baked into the graph, None when any batch size runs
+    """
+
+    graph: fx.Graph
+    parameters: tuple[str, ...]
+    buffers: tuple[str, ...]
+    constants: Mapping[str, Tensor]
+    added: Mapping[str, Tensor] = field(default_factory=dict)
+    tied: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    batch: int | None = None
+
+
+def state_of(program: Program, model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of `model` for every get_attr target of the graph (detached, not copied)."""
+    tensors = named_tensors(model)
+    missing = [name for name in (*program.parameters, *program.buffers) if name not in tensors]
+    if missing:
+        raise UnsupportedModel(
+            f"{type(model).__name__} has no tensor named {missing[0]!r} ({len(missing)} missing in all); "
+            "it is not the architecture that was exported"
+        )
+    state = {name: tensors[name].detach() for name in (*program.parameters, *program.buffers)}
+    return state | dict(program.constants) | dict(program.added)
+
+
+def execute(
+    graph: fx.Graph,
+    states: Sequence[Mapping[str, Tensor]],
+    inputs: Sequence[Tensor],
+    visit: Visit | None = None,
+) -> list[Tensor]:
+    """Run several parents in lock-step through one graph; returns each parent's output.
+
+    visit(node, args, kwargs) is called before every call_function node with the resolved arguments of every parent.
+    A value is dropped after its last use, so memory is that of a plain forward pass times the number of parents.
+    """
+    last_use = _last_uses(graph)
+    values: list[dict[fx.Node, Any]] = [{} for _ in states]
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            for parent, batch in zip(values, inputs, strict=True):
+                parent[node] = batch
+        elif node.op == "get_attr":
+            for parent, state in zip(values, states, strict=True):
+                parent[node] = state[node.target]
+        elif node.op == "output":
+            return [parent[node.args[0]] for parent in values]
+        else:
+            args, kwargs = _resolve(node, values, inputs)
+            if visit is not None:
+                visit(node, args, kwargs)
+            for parent, a, k in zip(values, args, kwargs, strict=True):
+                parent[node] = node.target(*a, **k)
+            del args, kwargs
+        for dead in last_use.get(node, ()):
+            for parent in values:
+                del parent[dead]
+    raise AssertionError("a graph without an output node")
+
+
+def logits_of(output: object) -> Tensor | None:
+    """The one tensor of a model's output: itself, the only tensor of a tuple, or the entry called `logits`."""
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, Mapping):
+        if isinstance(output.get("logits"), Tensor):
+            return output["logits"]
+        output = list(output.values())
+    if isinstance(output, Sequence):
+        tensors = [item for item in output if isinstance(item, Tensor)]
+        if len(tensors) == 1:
+            return tensors[0]
+    return None
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer under every name the module reaches it by, also the non-persistent ones."""
+    parameters = model.named_parameters(remove_duplicate=False)
+    return dict(parameters) | dict(model.named_buffers(remove_duplicate=False))
+
+
+def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+    """node -> the values nobody needs after it."""
+    seen: set[fx.Node] = set()
+    dead: dict[fx.Node, list[fx.Node]] = {}
+    for node in reversed(graph.nodes):
+        if node.op == "output":
+            seen.update(node.all_input_nodes)
+            continue
+        unread = [source for source in (*node.all_input_nodes, node) if source not in seen]
+        seen.update(unread)
+        if unread:
+            dead[node] = unread
+    return dead
+
+
+def _resolve(
+    node: fx.Node, values: Sequence[Mapping[fx.Node, Any]], inputs: Sequence[Tensor]
+) -> tuple[list[tuple[Any, ...]], list[dict[str, Any]]]:
+    args = [map_arg(node.args, parent.__getitem__) for parent in values]
+    kwargs = [map_arg(node.kwargs, parent.__getitem__) for parent in values]
+    if node.kwargs.get("device") is not None:  # export writes down its own device; follow the inputs instead
+        kwargs = [{**k, "device": batch.device} for k, batch in zip(kwargs, inputs, strict=True)]
+    return args, kwargs
+
+
