@@ -11,26 +11,25 @@ the cache under a hash of its settings. The images are put aside after that: a m
 from __future__ import annotations
 
 import difflib
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from datafree.errors import RunError, UsageError
+from datafree.errors import UsageError
 from datafree.images import DigitsSpec, ImageSpec, load_images
 from datafree.preprocess import Preprocess
 from datafree.seeds import derive_seed
-from datafree.store import cache_folder, stage_key
+from datafree.store import DamagedStage, Store, cache_folder, stage_key
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
 
 PREPROCESS = Preprocess(size=(16, 16), mean=(0.5,), std=(0.4,))
+STAGE = "digits"  # the experts' folder in the cache
 SHIFT = 2  # pixels at 16 x 16, the augmentation
 VERSION = 1  # raised whenever the code below would train other weights from the same settings
 
@@ -93,10 +92,14 @@ class Expert:
     learning_rate: float = 0.02
     weight_decay: float = 5e-4
 
+    def key(self) -> str:
+        """Hash of everything the weights depend on."""
+        settings = {**asdict(self), "version": VERSION, "preprocess": PREPROCESS.to_dict(), "shift": SHIFT}
+        return stage_key(STAGE, settings)
+
     def path(self) -> Path:
         """Where the cached weights lie, whether or not they are there yet."""
-        settings = {**asdict(self), "version": VERSION, "preprocess": PREPROCESS.to_dict(), "shift": SHIFT}
-        return cache_folder() / "digits" / f"{self.name}-{stage_key('digits', settings)[:16]}.safetensors"
+        return Store(cache_folder()).path(STAGE, self.key())
 
 
 _ALL, _LOW, _HIGH = tuple(range(10)), tuple(range(5)), tuple(range(5, 10))
@@ -122,23 +125,22 @@ def expert(name: str) -> Expert:
     return EXPERTS[name]
 
 
-def train(expert: Expert, path: Path, progress: Progress | None = None) -> None:
-    """Train `expert` and write its weights to `path`, by way of a temporary name beside it.
+def weights(expert: Expert, progress: Progress | None = None) -> tuple[dict[str, Tensor], str]:
+    """State dict of `expert`, from the cache or trained and kept there; and a sentence that says which.
 
-    Deterministic on one machine: one thread, and a generator of its own; neither choice outlasts the call.
+    Raises RunError when the cache cannot be written.
     """
-    model = trained(expert, progress)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
+    store = Store(cache_folder())
+    said = "trained just now and cached"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(model.state_dict(), partial)
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise RunError(
-            f"the expert digits:{expert.name} cannot be written to {path} ({error}): free some space, or set "
-            "DATAFREE_CACHE to another folder"
-        ) from error
+        kept = store.read(STAGE, expert.key())
+    except DamagedStage as error:
+        kept, said = None, f"the cached weights were damaged ({error}); trained again and cached"
+    if kept is not None:
+        return dict(kept.tensors), f"digits:{expert.name}: cached at {expert.path()}"
+    state = trained(expert, progress).state_dict()
+    store.write(STAGE, expert.key(), state)
+    return state, f"digits:{expert.name}: {said} at {expert.path()}"
 
 
 def trained(expert: Expert, progress: Progress | None = None) -> DigitsResNet:

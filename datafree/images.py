@@ -200,12 +200,12 @@ def _npz(spec: ImageSpec, path: Path) -> ImageSet:
     if not path.is_file():
         raise UsageError(f"image file {path} does not exist")
     try:
-        with np.load(path, allow_pickle=False) as stored:
-            if isinstance(stored, np.ndarray):
-                raise UsageError(
-                    f"{path} holds a single array: save images and labels with np.savez(x_test=..., "
-                    "y_test=...)"
-                )
+        stored: Any = np.load(path, allow_pickle=False)
+        if isinstance(stored, np.ndarray):
+            raise UsageError(
+                f"{path} holds a single array: save images and labels with np.savez(x_test=..., y_test=...)"
+            )
+        with stored:
             x = _array(stored, spec.x, path)
             y_name = spec.y if spec.y is not None else _label_key(spec.x, stored.files)
             y = None if y_name is None else _array(stored, y_name, path)

@@ -189,16 +189,9 @@ def _fill_with_digits(
     expert = digits.expert(reference.removeprefix(DIGITS))
     path = expert.path()
     if probe and not path.is_file():
-        return None, (
-            f"{reference} is not trained yet: a merge trains it first (under a minute) and caches it at "
-            f"{path}",
-        )
-    trained = not path.is_file()
-    if trained:
-        digits.train(expert, path, progress)
-    state, notes = load_weights(path)
-    said = "trained just now and cached" if trained else "cached"
-    return path, (f"{reference}: {said} at {path}", *notes, *load_into(module, state, path.name))
+        return None, (f"{reference} is not trained yet: a merge trains it first, in under a minute",)
+    state, said = digits.weights(expert, progress)
+    return path, (said, *load_into(module, state, reference))
 
 
 def _preprocess(spec: ParentSpec, blueprint: Blueprint) -> Preprocess:
