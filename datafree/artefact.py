@@ -1,0 +1,292 @@
+"""The folder a merge leaves: it explains itself, and rebuilds the same network from its own files alone.
+
+    model.safetensors   weights; the header holds recipe hash, versions and a hash of the content
+    config.json         architecture, plan, input preprocessing, label names per head
+    README.md           what it is, how it was made, how to load it
+    and whatever the caller adds: recipe, metrics, report
+
+A network of the parents' own class is rebuilt from its timm or torchvision name; any other one from its
+graph, which is plain data, so that loading an artefact never runs code that came with it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+import pleas
+from datafree.errors import UsageError
+from datafree.folders import new_folder
+from datafree.preprocess import Preprocess
+from datafree.references import ARTEFACT_MARK, build_model
+from datafree.report import model_card
+from datafree.store import content_hash, plain_tensors
+from pleas.module import build_network
+from pleas.symmetry import state_of
+
+FORMAT = 1
+WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+_NAMED = ("timm:", "torchvision:")  # references that mean the same on every machine
+
+
+@dataclass(frozen=True)
+class Head:
+    """One group of outputs: which parents' labels they are, how many, and their names where known."""
+
+    parents: str
+    outputs: int
+    classes: tuple[str, ...] | None
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a saved network says of itself besides its weights.
+
+    reference, arguments: the parents' architecture as a recipe names it; None where the caller did not say
+    input:   how uint8 images become its input; None where the caller did not say
+    recipe:  fingerprint of the recipe, None for a merge made by a library call
+    details: anything else worth keeping in `config.json` (parents, settings, ...), JSON-able
+    """
+
+    name: str
+    heads: tuple[Head, ...]
+    reference: str | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    input: Preprocess | None = None
+    recipe: str | None = None
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """A loaded artefact: the network in evaluation mode and what its folder says of it."""
+
+    folder: Path
+    module: nn.Module
+    heads: tuple[Head, ...]
+    config: Mapping[str, Any]
+
+    @property
+    def preprocess(self) -> Preprocess:
+        """How uint8 images (N, C, H, W) become the network's input. Raises UsageError if that was not
+        saved.
+        """
+        found = self.config["input"]
+        if found is None:
+            raise UsageError(
+                f"{self.folder} was saved without preprocessing: pass `preprocess=` to datafree.save"
+            )
+        height, width = found["size"]
+        return Preprocess((height, width), tuple(found["mean"]), tuple(found["std"]), found["interpolation"])
+
+    @property
+    def labels(self) -> str:
+        """ "shared" for one head, "separate" for one per parent."""
+        return "shared" if len(self.heads) == 1 else "separate"
+
+
+def save(
+    result: pleas.MergeResult,
+    folder: str | Path,
+    *,
+    name: str = "merged",
+    reference: str | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    preprocess: Preprocess | None = None,
+    classes: Sequence[Sequence[str] | None] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Write a merged network as an artefact folder, whole or not at all, and return the folder.
+
+    reference, arguments: what builds the parents' class, `torchvision:resnet18`; without it the graph is
+    saved
+    classes: label names of each head
+    Raises UsageError when the folder exists and `overwrite` is not given, RunError when it cannot be written.
+    """
+    heads = make_heads(head_sizes(result), classes)
+    description = Description(name, heads, reference, arguments or {}, preprocess)
+    module = portable(result, reference)
+    with new_folder(Path(folder), overwrite=overwrite) as building:
+        write_model(building, module, result, description)
+        (building / CARD).write_text(model_card(description, result), encoding="utf-8")
+    return Path(folder)
+
+
+def head_sizes(result: pleas.MergeResult) -> tuple[int, ...]:
+    """Outputs of each head: one number with shared labels, A's and B's with separate ones."""
+    if isinstance(result.module, pleas.MergedNetwork):
+        return result.module.head_sizes
+    output = next(node for node in result.symmetry.program.graph.nodes if node.op == "output")
+    return (int(output.args[0].meta["val"].shape[-1]),)
+
+
+def make_heads(
+    sizes: Sequence[int], classes: Sequence[Sequence[str] | None] | None = None
+) -> tuple[Head, ...]:
+    """Heads with their label names; raises UsageError where the names do not fit the outputs."""
+    names = [None] * len(sizes) if classes is None else list(classes)
+    if len(names) != len(sizes):
+        raise UsageError(f"classes has {len(names)} entries for {len(sizes)} heads: give one per head")
+    owners = ("a and b",) if len(sizes) == 1 else ("a", "b")
+    for owner, size, labels in zip(owners, sizes, names, strict=True):
+        if labels is not None and len(labels) != size:
+            raise UsageError(
+                f"the head of {owner} has {size} outputs, but {len(labels)} label names were given"
+            )
+    return tuple(
+        Head(owner, size, None if labels is None else tuple(labels))
+        for owner, size, labels in zip(owners, sizes, names, strict=True)
+    )
+
+
+def portable(result: pleas.MergeResult, reference: str | None) -> nn.Module:
+    """The merged module in a form that can be rebuilt anywhere: as it is, or as a graph with the same
+    weights.
+
+    A module of the parents' own class stays as it is where timm or torchvision can build it again; one that
+    came from a Python file or from a library call becomes the graph it was traced to.
+    """
+    named = reference is not None and reference.startswith(_NAMED)
+    if named or pleas.program_config(result.module) is not None:
+        return result.module
+    program = result.symmetry.program
+    trainable = {*program.parameters, *program.added}
+    tensors = {
+        key: (value.clone(), key in trainable) for key, value in state_of(program, result.module).items()
+    }
+    return build_network(program.graph, {}, tensors, head_sizes(result), program.notes)
+
+
+def write_model(
+    folder: Path, module: nn.Module, result: pleas.MergeResult, description: Description
+) -> dict[str, Any]:
+    """Write weights and `config.json` of `module` (as `portable` gave it) into `folder`; returns the
+    config.
+    """
+    network = pleas.program_config(module)
+    config = {
+        ARTEFACT_MARK: version("datafree"),
+        "format": FORMAT,
+        "name": description.name,
+        "recipe": description.recipe,
+        "architecture": {"reference": description.reference, "arguments": dict(description.arguments)},
+        "input": None if description.input is None else description.input.to_dict(),
+        "heads": [asdict(head) for head in description.heads],
+        "flops": {"merged": result.flops, "parent": result.parent_flops, "ratio": result.ratio},
+        "parameters": result.parameters,
+        "plan": plan_table(result.symmetry, result.plan),
+        **description.details,
+        "network": network,
+    }
+    tensors = plain_tensors(module.state_dict())
+    header = {
+        "format": "pt",
+        "datafree": version("datafree"),
+        "torch": torch.__version__,
+        "recipe": description.recipe or "",
+        "sha256": content_hash(tensors),
+    }
+    save_file(tensors, folder / WEIGHTS, metadata=header)
+    (folder / CONFIG).write_text(json.dumps(config, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return config
+
+
+def plan_table(symmetry: pleas.Symmetry, plan: pleas.Plan) -> list[dict[str, Any]]:
+    """Per class of units: how many are fused, how many of each parent stay apart, and why where none may."""
+    rows = []
+    for index, unit_class in enumerate(symmetry.classes):
+        chosen = plan.classes[index]
+        heads = chosen.heads is not None
+        rows.append(
+            {
+                "class": unit_class.name,
+                "kind": unit_class.kind,
+                "units": unit_class.size,
+                "fused": 0 if heads else len(chosen.fused),
+                "apart": unit_class.size if heads else len(chosen.apart),
+                "width": chosen.width,
+                "reason": "" if unit_class.widenable else unit_class.reason,
+                "tensors": sorted({axis.tensor for axis in unit_class.axes}),
+            }
+        )
+    return rows
+
+
+def load(folder: str | Path) -> Artefact:
+    """Rebuild the network that `save` or `datafree merge` wrote, in evaluation mode on the CPU.
+
+    Raises UsageError for a folder that is not an artefact, is incomplete, or does not have the content it was
+    written with.
+    """
+    folder = Path(folder)
+    config = _read_config(folder)
+    if config["network"] is not None:
+        module: nn.Module = pleas.module_from_config(config["network"])
+    else:
+        architecture = config["architecture"]
+        module = build_model(architecture["reference"], architecture["arguments"], folder)
+    state = _read_weights(folder / WEIGHTS)
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        raise UsageError(
+            f"{folder}: {WEIGHTS} does not fit the network in {CONFIG}: {error}. The files come from "
+            "different "
+            "artefacts, or the architecture changed with a new version of its package"
+        ) from error
+    heads = tuple(
+        Head(head["parents"], head["outputs"], None if head["classes"] is None else tuple(head["classes"]))
+        for head in config["heads"]
+    )
+    return Artefact(folder, module.eval(), heads, config)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        inside = sorted(item.parent.name for item in folder.glob(f"*/{CONFIG}"))
+        if inside:
+            raise UsageError(
+                f"{folder} holds {len(inside)} artefacts ({', '.join(inside)}): name one, "
+                f"{folder / inside[0]}"
+            ) from error
+        what = "has no config.json" if folder.is_dir() else "is not a folder"
+        raise UsageError(
+            f"{folder} {what}: give a folder that datafree merge or datafree.save wrote"
+        ) from error
+    except ValueError as error:
+        raise UsageError(f"{path} is not JSON ({error}): the artefact is damaged") from error
+    if not isinstance(config, dict) or ARTEFACT_MARK not in config:
+        raise UsageError(
+            f"{path} was not written by datafree: for other models use a model reference (timm:NAME, ...)"
+        )
+    if config["format"] != FORMAT:
+        raise UsageError(
+            f"{folder} has format {config['format']}, and this version of datafree reads format "
+            f"{FORMAT}: it was "
+            f"written by datafree {config[ARTEFACT_MARK]}, install that version"
+        )
+    return config
+
+
+def _read_weights(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except (SafetensorError, OSError) as error:
+        raise UsageError(f"{path} cannot be read ({error}): the artefact is incomplete or damaged") from error
+    if header.get("sha256") != content_hash(state):
+        raise UsageError(f"{path} does not have the content it was written with: the artefact is damaged")
+    return state

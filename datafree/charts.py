@@ -1,0 +1,134 @@
+"""The report's pictures, as SVG text that stands in the page."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from datafree.results import Results, Row
+
+OURS, ORACLE, PARENT_A, PARENT_B, ENSEMBLE, BASELINE = (
+    "#0b6e4f",
+    "#c1666b",
+    "#7a8ca3",
+    "#a39e7a",
+    "#34344a",
+    "#b8860b",
+)
+_STYLE: dict[Any, Any] = {
+    "font.size": 9,
+    "font.family": "sans-serif",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e6e6e6",
+    "grid.linewidth": 0.7,
+    "axes.edgecolor": "#888888",
+    "axes.axisbelow": True,
+    "svg.hashsalt": "datafree",  # the same picture is the same text
+    "svg.fonttype": "path",
+}
+_MARKERS = "osD^vPX*"
+_MOST_PANELS = 4
+
+Score = Callable[[Row], float | None]
+
+
+def accuracy_chart(results: Results) -> str | None:
+    """Accuracy against real FLOPs, the parents and the ensemble as lines; None where nothing was "
+    "evaluated."""
+    panels = _panels(results)
+    if not panels:
+        return None
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(max(5.2, 3.6 * len(panels)), 3.7), layout="constrained")
+        axes = figure.subplots(1, len(panels), squeeze=False)[0]
+        for axis, (title, score) in zip(axes, panels, strict=True):
+            _curve(axis, results, score)
+            axis.set_title(title, fontsize=10, loc="left")
+            axis.set_xlabel("multiply-adds relative to one parent")
+        axes[0].set_ylabel("accuracy, %")
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8.5)
+        return _svg(figure)
+
+
+def residual_chart(results: Results) -> str | None:
+    """Predicted relative residual of every layer, one line per merged network; None without least squares."""
+    shown = [(point, layers) for point, layers in results.layers.items() if layers]
+    if not shown:
+        return None
+    names = [layer.name for layer in shown[0][1]]
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(min(12.0, max(5.2, 0.24 * len(names) + 2)), 3.4), layout="constrained")
+        axis = figure.subplots()
+        shades = mpl.colormaps["viridis"]
+        for number, (point, layers) in enumerate(shown):
+            shade = shades(0.15 + 0.7 * number / max(1, len(shown) - 1))
+            values = [100 * layer.residual for layer in layers]
+            marker = _MARKERS[number % len(_MARKERS)]
+            axis.plot(
+                range(len(values)), values, color=shade, marker=marker, ms=3.5, lw=1.2, label=point.label
+            )
+        axis.set_ylabel("predicted residual,\n% of the target's variance")
+        axis.set_ylim(bottom=0)
+        step = -(-len(names) // 40)
+        axis.set_xticks(range(0, len(names), step), names[::step], rotation=90, fontsize=6.5)
+        axis.legend(frameon=False, fontsize=8.5, ncols=2)
+        return _svg(figure)
+
+
+def _panels(results: Results) -> list[tuple[str, Score]]:
+    tasks: list[tuple[str, Score]] = [(task, _task_score(task)) for task in results.tasks]
+    if len(tasks) <= 1:
+        return tasks
+    panels: list[tuple[str, Score]] = [("average of the tasks", lambda row: row.evaluation.average)]
+    if results.joint:
+        panels.append(("among all labels", lambda row: row.evaluation.joint))
+    return [*panels, *tasks][:_MOST_PANELS]
+
+
+def _task_score(task: str) -> Score:
+    def score(row: Row) -> float | None:
+        found = row.evaluation.score(task)
+        return None if found is None else found.accuracy
+
+    return score
+
+
+def _curve(axis: Axes, results: Results, score: Score) -> None:
+    for name, colour, style in (
+        ("parent a", PARENT_A, "--"),
+        ("parent b", PARENT_B, "-."),
+        ("ensemble", ENSEMBLE, ":"),
+    ):
+        for row in results.named(name):
+            value = score(row)
+            if value is not None:
+                axis.axhline(100 * value, color=colour, ls=style, lw=1.3, label=name)
+    for name, marker in (("plain average", "x"), ("permutation only", "+")):
+        values = [(row.ratio, score(row)) for row in results.named(name)]
+        points = [(ratio, 100 * value) for ratio, value in values if value is not None]
+        if points:
+            x, y = zip(*points, strict=True)
+            axis.plot(x, y, marker=marker, ms=8, mew=1.8, ls="none", color=BASELINE, label=name)
+    for name, colour, style in (("oracle", ORACLE, "--"), ("merged", OURS, "-")):
+        values = sorted((row.ratio, score(row)) for row in results.named(name) if score(row) is not None)
+        if values:
+            x = [ratio for ratio, _ in values]
+            y = [100 * value for _, value in values if value is not None]
+            label = "merged from real images (oracle)" if name == "oracle" else "merged"
+            axis.plot(x, y, color=colour, ls=style, marker="o", ms=5, lw=1.8, label=label)
+    axis.set_xlim(0.95, max(2.05, *(row.ratio for row in results.rows)))
+
+
+def _svg(figure: Figure) -> str:
+    text = io.StringIO()
+    figure.savefig(text, format="svg", metadata={"Date": None})
+    svg = text.getvalue()
+    return svg[svg.index("<svg") :]

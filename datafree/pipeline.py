@@ -1,0 +1,273 @@
+"""The front door: `run(recipe, out)` reads as the data flow.
+
+recipe -> parents -> images -> symmetry -> proxies -> statistics -> matching -> plan -> least squares
+       -> baselines -> oracle -> evaluation -> report
+"""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pleas
+from datafree.artefact import CARD, Description, make_heads, plan_table, write_model
+from datafree.environment import machine, versions
+from datafree.export import check_export, write_exports
+from datafree.folders import check_output, new_folder
+from datafree.images import ImageSet
+from datafree.progress import StageProgress
+from datafree.proxy import ProxySet
+from datafree.recipe import RecipeFile
+from datafree.report import html_report, json_text, model_card
+from datafree.results import Results, Row
+from datafree.stages import (
+    Merged,
+    Parents,
+    Work,
+    average_weights,
+    begin,
+    evaluate_all,
+    exact_arithmetic,
+    gather_evidence,
+    has_batch_norm,
+    load_oracle,
+    load_parents,
+    load_tasks,
+    make_plans,
+    make_proxies,
+    merge_real,
+    proxy_inputs,
+    solve_plans,
+    trace_symmetry,
+)
+
+RECIPE, RESOLVED, METRICS, RECORD, REPORT = (
+    "recipe.yaml",
+    "recipe.resolved.yaml",
+    "metrics.json",
+    "run.json",
+    "report.html",
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run left: the folder, one artefact folder per merged network, and how the networks compare."""
+
+    folder: Path
+    artefacts: tuple[Path, ...]
+    merged: tuple[Merged, ...]
+    results: Results
+    record: dict[str, Any]
+
+
+def run(
+    recipe: RecipeFile,
+    out: str | Path,
+    *,
+    device: str = "auto",
+    overwrite: bool = False,
+    export: bool = False,
+    progress: StageProgress | None = None,
+    command: Sequence[str] = (),
+) -> Outcome:
+    """Merge what `recipe` names and write the folder `out`, whole or not at all.
+
+    device:  "auto", "cpu" or "cuda"
+    export:  also write a torch.export program and ONNX
+    command: the command line, for the record
+    """
+    started, out = time.perf_counter(), Path(out)
+    check_output(out, overwrite=overwrite)
+    if export:
+        check_export()
+    work = begin(recipe, device, progress)
+    with work.progress, exact_arithmetic():
+        parents = load_parents(work)
+        tasks = load_tasks(work, parents)
+        real = load_oracle(work, tasks)
+        symmetry = trace_symmetry(work, parents)
+        proxies = make_proxies(work, parents, tasks)
+        inputs = proxy_inputs(work, parents, proxies)
+        evidence = gather_evidence(work, parents, symmetry, inputs)
+        plans = make_plans(work, parents, symmetry, evidence)
+        merged = solve_plans(work, parents, symmetry, evidence, plans)
+        baselines = average_weights(work, parents, symmetry, evidence, inputs)
+        oracles = merge_real(work, parents, symmetry, real)
+        rows = evaluate_all(work, parents, tasks, baselines, merged, oracles, _caution(symmetry))
+        with work.progress.stage("report"):
+            results = _results(work, parents, symmetry, proxies, merged, rows)
+            seconds = time.perf_counter() - started
+            record = _record(work, parents, proxies, real, seconds, command)
+            artefacts = _write(work, out, parents, proxies, merged, results, record, overwrite, export)
+    return Outcome(out, artefacts, merged, results, record)
+
+
+# what is said -----------------------------------------------------------------------------------------------
+
+
+def _caution(symmetry: pleas.Symmetry) -> str:
+    if has_batch_norm(symmetry):
+        return "Plain average and permutation only have their batch norms re-estimated on the proxies"
+    return ""
+
+
+def _results(
+    work: Work,
+    parents: Parents,
+    symmetry: pleas.Symmetry,
+    proxies: ProxySet,
+    merged: Sequence[Merged],
+    rows: tuple[Row, ...],
+) -> Results:
+    recipe = work.recipe.recipe
+    plans = {
+        one.point: {
+            "flops": one.result.flops,
+            "ratio": one.result.ratio,
+            "predicted_error": one.result.plan.predicted_error,
+            "mean_residual": one.result.mean_residual,
+            "classes": plan_table(symmetry, one.result.plan),
+        }
+        for one in merged
+    }
+    notes = [*parents.notes, *symmetry.program.notes, *proxies.notes, *_dead(merged), *work.progress.notes]
+    return Results(
+        name=recipe.name,
+        fingerprint=recipe.fingerprint(),
+        labels=recipe.labels,
+        tasks=tuple(task.name for task in recipe.evaluate),
+        rows=rows,
+        layers={one.point: one.result.layers for one in merged},
+        plans=plans,
+        notes=tuple(dict.fromkeys(notes)),
+    )
+
+
+def _dead(merged: Sequence[Merged]) -> list[str]:
+    """Units that never vary on the proxies, named once: the narrowest network sees them all."""
+    narrowest = min(merged, key=lambda one: one.result.flops)
+    dead = [f"{layer.name} ({len(layer.dead)})" for layer in narrowest.result.layers if layer.dead]
+    if not dead:
+        return []
+    shown = ", ".join(dead[:8]) + (f" and {len(dead) - 8} more layers" if len(dead) > 8 else "")
+    return [f"input units that are constant on the proxies keep their averaged weights: {shown}"]
+
+
+def _record(
+    work: Work,
+    parents: Parents,
+    proxies: ProxySet,
+    real: ImageSet | None,
+    seconds: float,
+    command: Sequence[str],
+) -> dict[str, Any]:
+    """`run.json`: where, when and how; the numbers are in `metrics.json`."""
+    return {
+        "name": work.recipe.recipe.name,
+        "seed": work.seed,
+        "device": str(work.device),
+        "command": shlex.join(command),
+        "seconds": round(seconds, 3),
+        "timings": {stage: round(spent, 3) for stage, spent in work.progress.timings.items()},
+        "proxies": {
+            "count": len(proxies),
+            "fingerprint": proxies.fingerprint,
+            "sources": [
+                {
+                    "kind": source.kind,
+                    "count": source.count,
+                    "seconds_per_1000": source.seconds_per_1000,
+                    "spec": dict(source.spec),
+                    "facts": dict(source.facts),
+                }
+                for source in proxies.manifest
+            ],
+        },
+        "oracle": None if real is None else len(real),
+        "parents": _describe(parents),
+        "versions": versions(),
+        "machine": machine(),
+    }
+
+
+def _describe(parents: Parents) -> dict[str, Any]:
+    return {
+        parent.name: {
+            "reference": parent.reference,
+            "arguments": dict(parent.arguments),
+            "weights": None if parent.weights is None else parent.weights.name,
+            "fingerprint": parent.fingerprint,
+            "preprocess": parent.preprocess.to_dict(),
+        }
+        for parent in (parents.a, parents.b)
+    }
+
+
+# what is written --------------------------------------------------------------------------------------------
+
+
+def _write(
+    work: Work,
+    out: Path,
+    parents: Parents,
+    proxies: ProxySet,
+    merged: Sequence[Merged],
+    results: Results,
+    record: dict[str, Any],
+    overwrite: bool,
+    export: bool,
+) -> tuple[Path, ...]:
+    """One artefact in `out` itself, or one per point in folders inside it with the report over all of "
+    "them."""
+    recipe = work.recipe
+    shared = {
+        RECIPE: recipe.source.text,
+        METRICS: json_text(results.to_dict()),
+        RECORD: json_text(record),
+        REPORT: html_report(results, record, recipe.resolved(out)),
+    }
+    inside = [Path() if len(merged) == 1 else Path(one.point.folder) for one in merged]
+    with new_folder(out, overwrite=overwrite) as building:
+        for one, place in zip(merged, inside, strict=True):
+            folder = building / place
+            folder.mkdir(exist_ok=True)
+            description = _description(recipe, parents, one)
+            write_model(folder, one.result.module, one.result, description)
+            card = model_card(description, one.result, results, record["proxies"]["sources"])
+            texts = {CARD: card, RECIPE: recipe.source.text, RESOLVED: recipe.resolved(out / place)}
+            _write_texts(folder, texts)
+            if export:
+                write_exports(folder, one.result.module, parents.example)
+        _write_texts(building, {**shared, RESOLVED: recipe.resolved(out)})
+    return tuple(out / place for place in inside)
+
+
+def _write_texts(folder: Path, texts: dict[str, str]) -> None:
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+def _description(recipe: RecipeFile, parents: Parents, one: Merged) -> Description:
+    spec = recipe.recipe
+    classes = [parents.a.classes or parents.b.classes]
+    sizes = [parents.a.outputs]
+    if spec.labels == "separate":
+        classes, sizes = [parents.a.classes, parents.b.classes], [parents.a.outputs, parents.b.outputs]
+    return Description(
+        name=f"{spec.name}, {one.point.label}",
+        heads=make_heads(sizes, classes),
+        reference=parents.a.reference,
+        arguments=parents.a.arguments,
+        input=parents.input,
+        recipe=spec.fingerprint(),
+        details={
+            "labels": spec.labels,
+            "point": {"kind": one.point.kind, "value": one.point.value},
+            "parents": _describe(parents),
+        },
+    )

@@ -1,0 +1,79 @@
+"""The readable side of an artefact: the report of a run and the model card, from templates beside this
+file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+
+from datafree.charts import accuracy_chart, residual_chart
+from datafree.results import Results, cells, columns
+
+if TYPE_CHECKING:
+    import pleas
+    from datafree.artefact import Description
+
+
+def html_report(results: Results, run: Mapping[str, Any], recipe: str) -> str:
+    """The page of a run: one table, accuracy against FLOPs, residuals by layer, plans, proxies, recipe.
+
+    run: the content of `run.json`      recipe: the resolved recipe's text
+    """
+    return _render(
+        "report.html.j2",
+        results=results,
+        table=_table(results),
+        accuracy=accuracy_chart(results),
+        residuals=residual_chart(results),
+        run=run,
+        recipe=recipe,
+    )
+
+
+def model_card(
+    description: Description,
+    result: pleas.MergeResult,
+    results: Results | None = None,
+    proxies: Sequence[Mapping[str, Any]] = (),
+) -> str:
+    """README.md of an artefact."""
+    return _render(
+        "card.md.j2",
+        description=description,
+        result=result,
+        results=results,
+        table=None if results is None else _table(results),
+        proxies=proxies,
+        worst=sorted(result.layers, key=lambda layer: -layer.residual)[:5],
+    )
+
+
+def json_text(value: Any) -> str:
+    """JSON as all our files spell it."""
+    return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+
+
+def _table(results: Results) -> dict[str, Any]:
+    ours = [row.name == "merged" for row in results.rows]
+    return {
+        "columns": columns(results),
+        "rows": [cells(results, row) for row in results.rows],
+        "ours": ours,
+        "notes": [row.note for row in results.rows],
+    }
+
+
+def _render(template: str, **values: Any) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("datafree"),
+        autoescape=jinja2.select_autoescape(["html.j2"]),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template(template).render(**values)

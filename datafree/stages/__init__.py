@@ -1,0 +1,57 @@
+"""The stages of a merge, one function each: frozen values in, a frozen value out. `pipeline` says in which
+order.
+
+Long stages keep what they found in the store, so that a run that was interrupted goes on where it stopped.
+"""
+
+from datafree.stages.inputs import (
+    EvaluationSet,
+    Inputs,
+    image_inputs,
+    load_oracle,
+    load_tasks,
+    make_proxies,
+    proxy_inputs,
+    refuse_leak,
+)
+from datafree.stages.judging import BothParents, Judge, evaluate_all
+from datafree.stages.merging import (
+    Evidence,
+    Merged,
+    average_weights,
+    gather_evidence,
+    make_plans,
+    merge_real,
+    solve_plans,
+)
+from datafree.stages.parents import Parents, has_batch_norm, load_parents, trace_symmetry
+from datafree.stages.work import Work, begin, choose_device, exact_arithmetic
+
+__all__ = [
+    "BothParents",
+    "EvaluationSet",
+    "Evidence",
+    "Inputs",
+    "Judge",
+    "Merged",
+    "Parents",
+    "Work",
+    "average_weights",
+    "begin",
+    "choose_device",
+    "evaluate_all",
+    "exact_arithmetic",
+    "gather_evidence",
+    "has_batch_norm",
+    "image_inputs",
+    "load_oracle",
+    "load_parents",
+    "load_tasks",
+    "make_plans",
+    "make_proxies",
+    "merge_real",
+    "proxy_inputs",
+    "refuse_leak",
+    "solve_plans",
+    "trace_symmetry",
+]

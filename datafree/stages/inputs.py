@@ -1,0 +1,162 @@
+"""The images of a run: evaluation, proxies, oracle, and the guard that keeps them apart."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from datafree.evaluate import Task, check_tasks, load_task, merged_columns
+from datafree.images import ImageSet, load_images
+from datafree.proxy import ProxySet, build_proxies
+from datafree.seeds import derive_seed
+from datafree.stages.parents import Parents
+from datafree.stages.work import Work
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """The tasks of a recipe; their images are hashed once, when somebody asks."""
+
+    tasks: tuple[Task, ...]
+
+    @cached_property
+    def hashes(self) -> Mapping[str, tuple[str, ...]]:
+        """Content hashes of every task's images."""
+        return {task.name: tuple(task.images.hashes()) for task in self.tasks}
+
+    @cached_property
+    def fingerprint(self) -> str:
+        content = [
+            [task.name, task.expert, self.hashes[task.name], task.targets.tolist(), task.class_names()]
+            for task in self.tasks
+        ]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def load_tasks(work: Work, parents: Parents, *, verify: bool = True) -> EvaluationSet:
+    """The evaluation images, checked against the heads there will be."""
+    recipe, tasks = work.recipe, []
+    heads = merged_columns(recipe.recipe.labels, parents.a.outputs, parents.b.outputs)
+    with work.progress.stage("images"):
+        for index, spec in enumerate(recipe.recipe.evaluate):
+            with recipe.at("evaluate", index):
+                task = load_task(spec, recipe.base, verify=verify)
+                check_tasks([task], heads)
+            tasks.append(task)
+    return EvaluationSet(tuple(tasks))
+
+
+def make_proxies(work: Work, parents: Parents, tasks: EvaluationSet) -> ProxySet:
+    """The proxy images, none of which is an evaluation image unless the recipe allows it."""
+    recipe, spec = work.recipe, work.recipe.recipe.proxy
+    with work.progress.stage("proxies"), recipe.at("proxy"):
+        proxies = build_proxies(
+            spec,
+            [parents.a, parents.b],
+            work.seed,
+            work.store.root,
+            recipe.base,
+            progress=work.progress,
+            device=str(work.device),
+        )
+    refuse_leak(work, "the proxies", proxies.hashes(), tasks, "proxy")
+    return proxies
+
+
+def load_oracle(work: Work, tasks: EvaluationSet, *, verify: bool = True) -> ImageSet | None:
+    """The real images of the oracle, `count` of them chosen by the seed; None when the recipe has no
+    oracle.
+    """
+    recipe, spec = work.recipe, work.recipe.recipe.oracle
+    if spec is None:
+        return None
+    with recipe.at("oracle", "images"):
+        images = load_images(spec.images, recipe.base, verify=verify)
+    if spec.count > len(images):
+        raise recipe.error(
+            f"{spec.count} images are asked for, but {images.name} has {len(images)}: lower the count",
+            "oracle",
+            "count",
+        )
+    order = np.random.default_rng(derive_seed(work.seed, "oracle")).permutation(len(images))
+    chosen = images.select(np.sort(order[: spec.count]))
+    if verify:
+        refuse_leak(work, "the oracle's images", chosen.hashes(), tasks, "oracle", "images")
+    return chosen
+
+
+def refuse_leak(work: Work, what: str, hashes: Sequence[str], tasks: EvaluationSet, *key: str | int) -> None:
+    """Raise if an evaluation image is among images that the merge is made from; a note where the recipe
+    allows it.
+    """
+    known = set(hashes)
+    for task in tasks.tasks:
+        shared = sum(digest in known for digest in tasks.hashes[task.name])
+        if not shared:
+            continue
+        found = f"{shared} of the {len(task.images)} evaluation images of task {task.name!r} are among {what}"
+        if not work.recipe.recipe.proxy.allow_leak:
+            raise work.recipe.error(
+                f"{found}, so its accuracy would mean little: choose other images, or say "
+                "`proxy.allow_leak: true`",
+                *key,
+            )
+        work.progress.note(f"{found}; the recipe allows it (proxy.allow_leak)")
+
+
+def proxy_inputs(work: Work, parents: Parents, proxies: ProxySet) -> Inputs:
+    return Inputs(
+        proxies.batches,
+        len(proxies),
+        proxies.fingerprint,
+        work.recipe.recipe.merge.batch,
+        parents,
+        work.device,
+    )
+
+
+def image_inputs(work: Work, parents: Parents, images: ImageSet) -> Inputs:
+    def batches(size: int) -> Iterator[Tensor]:
+        for start in range(0, len(images), size):
+            yield images.batch(range(start, min(start + size, len(images))))
+
+    fingerprint = hashlib.sha256(json.dumps(images.hashes()).encode()).hexdigest()
+    return Inputs(batches, len(images), fingerprint, work.recipe.recipe.merge.batch, parents, work.device)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Images as both parents take them, batch by batch, as often as asked.
+
+    images: gives uint8 batches (n, C, H, W) of the size asked for
+    fingerprint: of the images
+    """
+
+    images: Callable[[int], Iterator[Tensor]]
+    count: int
+    fingerprint: str
+    batch: int
+    parents: Parents
+    device: torch.device
+
+    def __len__(self) -> int:
+        return -(-self.count // self.batch)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        same = self.parents.a.preprocess == self.parents.b.preprocess
+        for images in self.images(self.batch):
+            moved = images.to(self.device)
+            a = self.parents.a.preprocess(moved)
+            yield a, a if same else self.parents.b.preprocess(moved)
+
+    def merged(self) -> Iterator[Tensor]:
+        """The same images as the merged network takes them."""
+        for images in self.images(self.batch):
+            yield self.parents.input(images.to(self.device))

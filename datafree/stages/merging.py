@@ -1,0 +1,196 @@
+"""From images to merged networks: statistics, matching, plan, least squares; and the plain averages beside
+them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+import pleas
+from datafree.artefact import portable
+from datafree.images import ImageSet
+from datafree.progress import StageProgress
+from datafree.results import Point
+from datafree.stages.inputs import Inputs, image_inputs
+from datafree.stages.parents import Parents, has_batch_norm
+from datafree.stages.work import Work
+from datafree.store import Stage
+from pleas.symmetry import identity
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the images say: second moments, and which unit of B plays the part of which unit of A."""
+
+    statistics: pleas.Statistics
+    matching: pleas.Permutation
+
+
+@dataclass(frozen=True)
+class Merged:
+    """One merged network and the point it was asked for."""
+
+    point: Point
+    result: pleas.MergeResult
+
+
+def gather_evidence(work: Work, parents: Parents, symmetry: pleas.Symmetry, inputs: Inputs) -> Evidence:
+    """Second moments and matching from one pass over `inputs` (two where the network has grouped layers)."""
+    settings, merge = work.settings, work.recipe.recipe.merge
+    meaning = {
+        "parents": parents.fingerprint,
+        "images": inputs.fingerprint,
+        "positions": merge.positions,
+        "batch": merge.batch,
+        "seed": settings.seed,
+        "device": work.device.type,
+        "torch": torch.__version__,
+    }
+    a, b = parents.a.module, parents.b.module
+    moved_a, moved_b = (copy.deepcopy(module).to(work.device) for module in (a, b))
+    with work.progress.stage("statistics"), work.recipe.at("parents"):
+        first = work.finished(
+            "statistics",
+            meaning,
+            lambda: _kept(
+                pleas.collect(symmetry, moved_a, moved_b, inputs, settings, progress=work.progress)
+            ),
+        )
+        statistics = pleas.Statistics.from_tensors(first.tensors)
+    with work.progress.stage("matching"):
+        matching = pleas.match(symmetry, statistics, a, b, settings)
+    with work.progress.stage("statistics"):
+        second = work.finished(
+            "grouped",
+            {**meaning, "matching": merge.matching},
+            lambda: _kept(
+                replace(
+                    pleas.collect_grouped(
+                        symmetry,
+                        statistics,
+                        matching,
+                        moved_a,
+                        moved_b,
+                        inputs,
+                        settings,
+                        progress=work.progress,
+                    ),
+                    joint={},
+                    units={},
+                )
+            ),
+        )
+        grouped = pleas.Statistics.from_tensors(second.tensors).grouped
+    return Evidence(replace(statistics, grouped=grouped), matching)
+
+
+def _kept(statistics: pleas.Statistics) -> Stage:
+    return Stage({name: tensor.cpu() for name, tensor in statistics.to_tensors().items()}, None)
+
+
+def make_plans(
+    work: Work, parents: Parents, symmetry: pleas.Symmetry, evidence: Evidence
+) -> dict[Point, pleas.Plan]:
+    """Which units are fused at every point the recipe asks for."""
+    with work.progress.stage("plan"), work.recipe.at("merge"):
+        return {point: _plan(work, parents, symmetry, evidence, point) for point in work.points}
+
+
+def _plan(
+    work: Work, parents: Parents, symmetry: pleas.Symmetry, evidence: Evidence, point: Point
+) -> pleas.Plan:
+    return pleas.make_plan(
+        symmetry,
+        evidence.statistics,
+        evidence.matching,
+        parents.a.module,
+        parents.b.module,
+        work.settings,
+        budget=point.value if point.kind == "budget" else None,
+        apart=point.value if point.kind == "apart" else None,
+    )
+
+
+def solve_plans(
+    work: Work,
+    parents: Parents,
+    symmetry: pleas.Symmetry,
+    evidence: Evidence,
+    plans: Mapping[Point, pleas.Plan],
+) -> tuple[Merged, ...]:
+    """The merged network of every plan, each layer by least squares, in the form it is saved in."""
+    merged = []
+    with work.progress.stage("least squares"), work.recipe.at("proxy", "count"):
+        for done, (point, plan) in enumerate(plans.items(), 1):
+            result = pleas.assemble(
+                symmetry,
+                evidence.statistics,
+                evidence.matching,
+                plan,
+                parents.a.module,
+                parents.b.module,
+                work.settings,
+                example=parents.example,
+            )
+            merged.append(Merged(point, replace(result, module=portable(result, parents.a.reference))))
+            work.progress(point.label, done, len(plans))
+    return tuple(merged)
+
+
+def average_weights(
+    work: Work, parents: Parents, symmetry: pleas.Symmetry, evidence: Evidence, inputs: Inputs
+) -> dict[str, pleas.MergeResult]:
+    """The parents' weights averaged at 1.0x, units as they come and matched; no least squares.
+
+    Their batch norms are re-estimated on the proxies, because averaged units lose variance (arXiv
+    2211.08403).
+    """
+    plan = _plan(work, parents, symmetry, evidence, Point("apart", 0.0))
+    matchings = {"plain average": identity(symmetry), "permutation only": evidence.matching}
+    with work.progress.stage("baselines"):
+        return {
+            name: _average(work, parents, symmetry, replace(evidence, matching=matching), inputs, plan)
+            for name, matching in matchings.items()
+        }
+
+
+def _average(
+    work: Work,
+    parents: Parents,
+    symmetry: pleas.Symmetry,
+    evidence: Evidence,
+    inputs: Inputs,
+    plan: pleas.Plan,
+) -> pleas.MergeResult:
+    result = pleas.assemble(
+        symmetry,
+        evidence.statistics,
+        evidence.matching,
+        plan,
+        parents.a.module,
+        parents.b.module,
+        work.settings,
+        example=parents.example,
+        least_squares=False,
+    )
+    if not has_batch_norm(symmetry):
+        return result
+    moved = copy.deepcopy(result.module).to(work.device)
+    return replace(result, module=pleas.reestimate_bn(moved, inputs.merged()).cpu())
+
+
+def merge_real(
+    work: Work, parents: Parents, symmetry: pleas.Symmetry, images: ImageSet | None
+) -> tuple[Merged, ...]:
+    """The oracle: the same merge at every point, from real images; nothing when the recipe has none."""
+    if images is None:
+        return ()
+    with work.progress.stage("oracle"):
+        inner = replace(work, progress=StageProgress())  # its steps are one stage to the user
+        evidence = gather_evidence(inner, parents, symmetry, image_inputs(work, parents, images))
+        plans = make_plans(inner, parents, symmetry, evidence)
+        return solve_plans(inner, parents, symmetry, evidence, plans)

@@ -1,0 +1,89 @@
+"""What every stage of one run shares: the recipe, the device, the store of finished stages, the progress."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import pleas
+from datafree.errors import UsageError
+from datafree.progress import StageProgress
+from datafree.recipe import RecipeFile
+from datafree.results import Point
+from datafree.seeds import derive_seed
+from datafree.store import DamagedStage, Stage, Store, cache_folder, stage_key
+
+
+@dataclass(frozen=True)
+class Work:
+    """What every stage of one run shares. device: where networks run; the linear algebra stays on the CPU."""
+
+    recipe: RecipeFile
+    device: torch.device
+    store: Store
+    progress: StageProgress
+
+    @property
+    def seed(self) -> int:
+        return self.recipe.recipe.seed
+
+    @property
+    def settings(self) -> pleas.MergeSettings:
+        recipe = self.recipe.recipe
+        return recipe.merge.settings(recipe.labels, derive_seed(self.seed, "positions"))
+
+    @property
+    def points(self) -> tuple[Point, ...]:
+        merge = self.recipe.recipe.merge
+        if merge.budgets is not None:
+            return tuple(Point("budget", value) for value in merge.budgets)
+        return tuple(Point("apart", value) for value in merge.apart or ())
+
+    def finished(self, stage: str, inputs: Mapping[str, Any], make: Callable[[], Stage]) -> Stage:
+        """The stage from the store, or made now and kept. A damaged one is named and made again."""
+        key = stage_key(stage, inputs)
+        try:
+            found = self.store.read(stage, key)
+        except DamagedStage as error:
+            self.progress.note(f"{error}; it is computed again")
+            found = None
+        if found is not None:
+            return found
+        made = make()
+        self.store.write(stage, key, made.tensors, made.value)
+        return made
+
+
+def begin(recipe: RecipeFile, device: str = "auto", progress: StageProgress | None = None) -> Work:
+    """The start of a run of `recipe`; device: "auto", "cpu" or "cuda"."""
+    return Work(recipe, choose_device(device), Store(cache_folder()), progress or StageProgress())
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is one. Raises UsageError for CUDA where there is none."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError(
+            "--device cuda: this PyTorch sees no CUDA device; use --device cpu, or install a CUDA "
+            "build of torch"
+        )
+    return torch.device(name)
+
+
+@contextmanager
+def exact_arithmetic() -> Iterator[None]:
+    """The same numbers every time: deterministic convolutions and no TF32, which would cost digits of the
+    moments.
+    """
+    matmul = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = matmul
