@@ -1,0 +1,49 @@
+# Each target is complete on a fresh machine with Python 3.11, make and network: it makes .venv and installs what it
+# needs. A stamp per set of extras keeps the second call quick; pyproject.toml decides when it is out of date.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+PIP_FLAGS ?=
+TEST_FLAGS ?=
+OUT ?= runs/quickstart
+
+.PHONY: help quickstart test test-all lint types format clean
+
+help:
+	@echo "make quickstart   merge two digit networks from inverted images alone; table, artefact and report in $(OUT)"
+	@echo "make test         the tests, without the slow ones"
+	@echo "make test-all     every test"
+	@echo "make lint types   ruff and pyright"
+	@echo "make format       let ruff format the sources"
+
+quickstart: $(VENV)/.installed-quickstart
+	$(BIN)/datafree merge recipes/quickstart.yaml --out $(OUT) --overwrite
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m "not slow" $(TEST_FLAGS)
+
+test-all: $(VENV)/.installed-test
+	$(BIN)/python -m pytest $(TEST_FLAGS)
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed-dev
+	$(BIN)/pyright
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "datafree needs Python 3.11 or later: make PYTHON=/path/to/python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed-%: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) -e '.[$*]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
