@@ -33,10 +33,11 @@ DIGITS_TRAIN = 1000  # of scikit-learn's 1,797 digits; the others are the test s
 class DigitsSpec(Spec):
     """scikit-learn's 1,797 handwritten digits, 8 x 8, grey; the split is fixed by `seed`.
 
-    domain: "upright" as stored (light on dark), "rotated" inverted (dark on light) and turned by 90 degrees
+    domain: "upright" as stored (light on dark); "rotated" inverted (dark on light) and turned by 90 degrees;
+            "both" every digit in both, one after the other
     """
 
-    domain: Literal["upright", "rotated"] = "upright"
+    domain: Literal["upright", "rotated", "both"] = "upright"
     split: Literal["train", "test"] = "test"
     seed: int = 0
 
@@ -188,10 +189,12 @@ def digits(spec: DigitsSpec) -> ImageSet:
     images = np.round(values * (255 / 16)).astype(np.uint8)
     order = np.random.default_rng(derive_seed(spec.seed, "digits split")).permutation(len(images))
     chosen = order[:DIGITS_TRAIN] if spec.split == "train" else order[DIGITS_TRAIN:]
-    images = images[chosen]
-    if spec.domain == "rotated":
-        images = np.rot90(255 - images, axes=(1, 2))
-    labels = np.asarray(stored["target"], dtype=np.int64)[chosen]
+    upright, labels = images[chosen], np.asarray(stored["target"], dtype=np.int64)[chosen]
+    rotated = np.rot90(255 - upright, axes=(1, 2))
+    if spec.domain == "both":
+        images, labels = np.stack([upright, rotated], 1).reshape(-1, *upright.shape[1:]), labels.repeat(2)
+    else:
+        images = upright if spec.domain == "upright" else rotated
     name = f"digits ({spec.domain}, {spec.split})"
     return ImageSet(name, np.ascontiguousarray(images[:, None]), labels, tuple("0123456789"))
 

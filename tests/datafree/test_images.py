@@ -215,10 +215,16 @@ def test_digits_are_split_once_and_turned(tmp_path: Path) -> None:
     assert [len(part) for part in parts.values()] == [1000, 797, 1000, 797]
     assert parts["upright", "test"].shape == (1, 8, 8)
     train, test = set(parts["upright", "train"].hashes()), set(parts["upright", "test"].hashes())
-    assert len(train & test) <= 1  # the two splits share no image (scikit-learn repeats at most one)
+    assert not train & test  # some drawings are identical: none of those may stand in both splits
     upright, rotated = (parts[domain, "test"].images[5][0] for domain in ("upright", "rotated"))
     assert (np.rot90(255 - upright) == rotated).all()
     assert upright.max() == 255
+    both = load(tmp_path, digits={"domain": "both"})
+    assert both.hashes()[:4] == [
+        parts[domain, "test"].hashes()[i] for i in (0, 1) for domain in ("upright", "rotated")
+    ]
+    assert both.labels is not None
+    assert len(both.labels) == 2 * 797
 
 
 def test_another_seed_gives_another_split(tmp_path: Path) -> None:
@@ -295,7 +301,7 @@ def test_content_hashes_tell_images_apart_but_not_grey_from_repeated_grey() -> N
         ({"folder": "a", "npz": "b"}, "folder and npz are given"),
         ({"torchvision": "CIFAR10"}, "torchvision needs `root: FOLDER`"),
         ({"digits": {}, "keep_labels": ()}, "keep_labels is empty"),
-        ({"digits": {"domain": "mirrored"}}, "Input should be 'upright' or 'rotated'"),
+        ({"digits": {"domain": "mirrored"}}, "Input should be 'upright', 'rotated' or 'both'"),
     ],
 )
 def test_contradictory_keys_are_refused(keys: dict[str, Any], message: str) -> None:
