@@ -30,6 +30,7 @@ from datafree.stages import (
     Work,
     average_weights,
     begin,
+    check_rows,
     evaluate_all,
     exact_arithmetic,
     gather_evidence,
@@ -91,6 +92,7 @@ def run(
         tasks = load_tasks(work, parents)
         real = load_oracle(work, tasks)
         symmetry = trace_symmetry(work, parents)
+        check_rows(work, symmetry, recipe.recipe.proxy.count)
         proxies = make_proxies(work, parents, tasks)
         inputs = proxy_inputs(work, parents, proxies)
         evidence = gather_evidence(work, parents, symmetry, inputs)

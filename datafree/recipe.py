@@ -244,6 +244,8 @@ def _located(error: pydantic.ValidationError, source: Source) -> list[str]:
     """One line per mistake, in the order of the file."""
     told: dict[Key, list[str]] = {}
     for detail in error.errors(include_url=False):
+        if detail["type"] == "too_short" and detail["input"]:
+            continue  # an item of the list is wrong, which pydantic tells as well
         key = _data_key(detail["loc"], source.data, detail["type"])
         message = _message(detail, key)
         messages = told.setdefault(key, [])

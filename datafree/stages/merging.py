@@ -19,6 +19,9 @@ from datafree.stages.inputs import Inputs, image_inputs
 from datafree.stages.parents import Parents, has_batch_norm
 from datafree.stages.work import Work
 from datafree.store import Stage
+from pleas.layers import find_layers
+from pleas.plan import output_places
+from pleas.solve import check_rows as pleas_check_rows
 from pleas.symmetry import identity
 
 
@@ -36,6 +39,15 @@ class Merged:
 
     point: Point
     result: pleas.MergeResult
+
+
+def check_rows(work: Work, symmetry: pleas.Symmetry, images: int) -> None:
+    """Raise before any work if `images` cannot give a layer the rows its least squares need, even at 1.0x."""
+    layers, settings = find_layers(symmetry.program), work.settings
+    with work.recipe.at("proxy", "count"):
+        for layer, places in zip(layers, output_places(symmetry, layers), strict=True):
+            rows = images * min(places, settings.positions)
+            pleas_check_rows(layer, rows, layer.d_in, settings.min_rows)
 
 
 def gather_evidence(work: Work, parents: Parents, symmetry: pleas.Symmetry, inputs: Inputs) -> Evidence:

@@ -1,0 +1,107 @@
+"""`datafree check RECIPE`: everything a merge would stop at, in seconds; nothing is made or written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import click
+import numpy as np
+
+from datafree.images import ImageSet
+from datafree.progress import StageProgress
+from datafree.proxy import SHARD, Source, SourceSpec, check_proxies
+from datafree.recipe import load_recipe
+from datafree.report import json_text
+from datafree.stages import (
+    EvaluationSet,
+    Parents,
+    Work,
+    begin,
+    check_rows,
+    load_oracle,
+    load_parents,
+    load_tasks,
+    refuse_leak,
+    trace_symmetry,
+)
+
+MOST_IMAGES = 5000  # hashed for the leak check; a merge compares them all
+
+Bound = list[tuple[SourceSpec, Source, int]]
+
+
+def run(recipe: str, settings: Sequence[str], device: str, as_json: bool) -> None:
+    work = begin(load_recipe(recipe, settings), device, StageProgress())
+    lines = []
+    for part, said in checks(work):
+        lines.append({"part": part, "found": said})
+        if not as_json:
+            click.echo(f"ok  {part:<10} {said}")
+    notes = list(dict.fromkeys(work.progress.notes))
+    if as_json:
+        click.echo(json_text({"ok": True, "checks": lines, "notes": notes}), nl=False)
+        return
+    for note in notes:
+        click.echo(f"note: {note}")
+    click.echo(f"{recipe} is ready: datafree merge {recipe} -o OUT")
+
+
+def checks(work: Work) -> Iterator[tuple[str, str]]:
+    """Each part that was checked and what was found there; the first mistake raises UsageError."""
+    recipe = work.recipe.recipe
+    points = ", ".join(point.label for point in work.points)
+    yield "recipe", f"{recipe.name}: {points}; labels {recipe.labels}; seed {recipe.seed}"
+    parents = load_parents(work, probe=True)
+    work.progress.notes.extend(parents.notes)
+    yield "parents", _parents(parents)
+    tasks = load_tasks(work, parents, verify=False)
+    yield "images", ", ".join(f"{t.name}: {len(t.images)}" for t in tasks.tasks) or "no tasks to evaluate on"
+    real = load_oracle(work, tasks, verify=False)
+    if real is not None:
+        yield "oracle", f"{len(real)} of {real.name}"
+    with work.recipe.at("proxy"):
+        bound = check_proxies(
+            recipe.proxy, [parents.a, parents.b], work.seed, work.recipe.base, device=str(work.device)
+        )
+    for _, source, _ in bound:
+        work.progress.notes.extend(source.notes)
+    yield "proxies", ", ".join(f"{count} from {spec.model_dump()['kind']}" for spec, _, count in bound)
+    said = _leak(work, bound, tasks)
+    if said:
+        yield "leak", said
+    symmetry = trace_symmetry(work, parents)
+    work.progress.notes.extend(symmetry.program.notes)
+    check_rows(work, symmetry, recipe.proxy.count)
+    widenable = sum(unit_class.widenable for unit_class in symmetry.classes)
+    yield (
+        "symmetry",
+        f"{len(symmetry.classes)} classes of units, {widenable} can be widened; "
+        f"verified to {symmetry.gate_error:.0e}",
+    )
+
+
+def _parents(parents: Parents) -> str:
+    size = " x ".join(str(side) for side in parents.input.shape)
+    count = sum(parameter.numel() for parameter in parents.a.module.parameters())
+    outputs = sorted({parents.a.outputs, parents.b.outputs})
+    return f"{parents.a.reference}, {count:,} parameters, {size} in, {' and '.join(map(str, outputs))} out"
+
+
+def _leak(work: Work, bound: Bound, tasks: EvaluationSet) -> str:
+    """Compare what is cheap to compare: what image sources will give, with tasks of moderate size."""
+    small = EvaluationSet(tuple(task for task in tasks.tasks if _is_cheap(task.images)))
+    compared = []
+    for index, (spec, source, count) in enumerate(bound):
+        if spec.model_dump()["kind"] != "images" or count > MOST_IMAGES:
+            continue
+        shards = [source.shard(number) for number in range(-(-count // SHARD))]
+        hashes = [digest for shard in shards for digest in shard.facts["hashes"]]
+        refuse_leak(work, "the proxies", hashes, small, "proxy", "sources", index)
+        compared.append(count)
+    if not compared or not small.tasks:
+        return ""
+    return f"{sum(compared)} proxy images compared with {', '.join(task.name for task in small.tasks)}"
+
+
+def _is_cheap(images: ImageSet) -> bool:
+    return isinstance(images.images, np.ndarray) or len(images) <= MOST_IMAGES

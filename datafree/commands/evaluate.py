@@ -1,0 +1,56 @@
+"""`datafree eval FOLDER RECIPE`: a saved artefact on a recipe's tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import click
+
+from datafree.artefact import Artefact, load
+from datafree.errors import UsageError
+from datafree.evaluate import check_tasks, evaluate, load_task, merged_columns
+from datafree.progress import progress_on
+from datafree.recipe import load_recipe
+from datafree.report import json_text
+from datafree.stages import choose_device, exact_arithmetic
+from datafree.tables import text_table
+
+
+def run(folder: str, recipe: str, settings: Sequence[str], device: str, as_json: bool) -> None:
+    loaded, chosen = load_recipe(recipe, settings), choose_device(device)
+    artefact = load(folder)
+    if not loaded.recipe.evaluate:
+        raise loaded.error("the recipe has no tasks to evaluate on: add an `evaluate` section")
+    columns = _columns(artefact)
+    tasks = []
+    with progress_on() as progress, exact_arithmetic():
+        with progress.stage("images"):
+            for index, spec in enumerate(loaded.recipe.evaluate):
+                with loaded.at("evaluate", index):
+                    task = load_task(spec, loaded.base)
+                    check_tasks([task], columns)
+                tasks.append(task)
+        with progress.stage("evaluation"):
+            found = evaluate(
+                artefact.module, tasks, artefact.preprocess, columns, device=chosen, progress=progress
+            )
+    if as_json:
+        click.echo(json_text(found.to_dict()), nl=False)
+        return
+    rows = [
+        [score.task, f"{100 * score.accuracy:.1f}", str(score.count), f"{name} {100 * lowest:.1f}"]
+        for score in found.tasks
+        for name, lowest in [score.worst_class]
+    ]
+    if found.average is not None and len(rows) > 1:
+        rows.append(["average", f"{100 * found.average:.1f}", "", ""])
+    if found.joint is not None:
+        rows.append(["joint", f"{100 * found.joint:.1f}", "", ""])
+    click.echo(text_table(["task", "accuracy %", "images", "worst class"], rows))
+
+
+def _columns(artefact: Artefact):
+    sizes = [head.outputs for head in artefact.heads]
+    if len(sizes) > 2:
+        raise UsageError(f"{artefact.folder} has {len(sizes)} heads; one or two are known here")
+    return merged_columns(artefact.labels, sizes[0], sizes[-1])

@@ -1,0 +1,52 @@
+"""`datafree merge RECIPE -o OUT`: the main job."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from datafree.pipeline import REPORT, Outcome
+from datafree.pipeline import run as run_pipeline
+from datafree.progress import progress_on
+from datafree.recipe import load_recipe
+from datafree.results import Results, cells, columns
+from datafree.tables import text_table
+
+
+def run(
+    recipe: str,
+    out: str | None,
+    settings: Sequence[str],
+    device: str,
+    overwrite: bool,
+    export: bool,
+    command: Sequence[str],
+) -> None:
+    loaded = load_recipe(recipe, settings)
+    folder = Path(out if out is not None else loaded.recipe.name)
+    outcome = run_pipeline(
+        loaded,
+        folder,
+        device=device,
+        overwrite=overwrite,
+        export=export,
+        progress=progress_on(),
+        command=[Path(command[0]).name, *command[1:]],
+    )
+    click.echo(results_table(outcome.results))
+    click.echo(_where(outcome))
+
+
+def results_table(results: Results) -> str:
+    """The table of a run, with the merged networks standing out."""
+    ours = [number for number, row in enumerate(results.rows) if row.name == "merged"]
+    table = text_table(columns(results), [cells(results, row) for row in results.rows], bold=ours)
+    notes = dict.fromkeys(row.note for row in results.rows if row.note)
+    return "\n".join(["", table, *(f"{note}." for note in notes), ""])
+
+
+def _where(outcome: Outcome) -> str:
+    lines = [f"artefact  {artefact}" for artefact in outcome.artefacts]
+    return "\n".join([*lines, f"report    {outcome.folder / REPORT}"])

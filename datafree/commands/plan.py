@@ -1,0 +1,93 @@
+"""`datafree plan RECIPE`: what would be fused, what it would cost, how well it should go."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from datafree.artefact import plan_table
+from datafree.progress import progress_on
+from datafree.recipe import load_recipe
+from datafree.report import json_text
+from datafree.stages import (
+    begin,
+    exact_arithmetic,
+    gather_evidence,
+    load_parents,
+    load_tasks,
+    make_plans,
+    make_proxies,
+    proxy_inputs,
+    solve_plans,
+    trace_symmetry,
+)
+from datafree.tables import text_table
+
+
+def run(recipe: str, settings: Sequence[str], device: str, as_json: bool) -> None:
+    work = begin(load_recipe(recipe, settings), device, progress_on())
+    with work.progress, exact_arithmetic():
+        parents = load_parents(work)
+        tasks = load_tasks(work, parents)
+        symmetry = trace_symmetry(work, parents)
+        proxies = make_proxies(work, parents, tasks)
+        evidence = gather_evidence(work, parents, symmetry, proxy_inputs(work, parents, proxies))
+        plans = make_plans(work, parents, symmetry, evidence)
+        merged = solve_plans(work, parents, symmetry, evidence, plans)
+    shown: list[dict[str, Any]] = [
+        {
+            "point": one.point.label,
+            "flops": one.result.flops,
+            "ratio": one.result.ratio,
+            "parameters": one.result.parameters,
+            "predicted_error": one.result.plan.predicted_error,
+            "classes": plan_table(symmetry, one.result.plan),
+            "layers": [
+                {
+                    "layer": layer.name,
+                    "residual": layer.residual,
+                    "rows": layer.rows,
+                    "unknowns": layer.unknowns,
+                }
+                for layer in one.result.layers
+            ],
+        }
+        for one in merged
+    ]
+    click.echo(json_text(shown) if as_json else "\n".join(_text(plan) for plan in shown), nl=not as_json)
+
+
+def _text(plan: dict[str, Any]) -> str:
+    title = click.style(
+        f"{plan['point']}: {plan['flops']:,} FLOPs per image ({plan['ratio']:.3f} of one parent), "
+        f"{plan['parameters']:,} parameters, predicted error {plan['predicted_error']:.4f}",
+        bold=True,
+    )
+    classes = text_table(
+        ["class", "kind", "units", "fused", "apart", "width", "tensors"],
+        [
+            [
+                row["class"],
+                row["kind"],
+                *(str(row[key]) for key in ("units", "fused", "apart", "width")),
+                _tensors(row["tensors"], row["reason"]),
+            ]
+            for row in plan["classes"]
+        ],
+        left=["kind", "tensors"],
+    )
+    layers = text_table(
+        ["layer", "residual %", "rows", "unknowns"],
+        [
+            [row["layer"], f"{100 * row['residual']:.2f}", str(row["rows"]), str(row["unknowns"])]
+            for row in plan["layers"]
+        ],
+    )
+    return "\n".join(["", title, "", classes, "", layers])
+
+
+def _tensors(names: Sequence[str], reason: str) -> str:
+    more = f", +{len(names) - 3}" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more + (f"  ({reason})" if reason else "")
