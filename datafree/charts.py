@@ -10,15 +10,15 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from datafree.results import Results, Row
+from datafree.results import Results, Row, average_of
 
 OURS, ORACLE, PARENT_A, PARENT_B, ENSEMBLE, BASELINE = (
     "#0b6e4f",
     "#c1666b",
-    "#7a8ca3",
-    "#a39e7a",
+    "#2f6db5",
+    "#8b5a2b",
     "#34344a",
-    "#b8860b",
+    "#d08700",
 )
 _STYLE: dict[Any, Any] = {
     "font.size": 9,
@@ -47,14 +47,25 @@ def accuracy_chart(results: Results) -> str | None:
         return None
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(max(5.2, 3.6 * len(panels)), 3.7), layout="constrained")
-        axes = figure.subplots(1, len(panels), squeeze=False)[0]
+        axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
         for axis, (title, score) in zip(axes, panels, strict=True):
             _curve(axis, results, score)
             axis.set_title(title, fontsize=10, loc="left")
             axis.set_xlabel("multiply-adds relative to one parent")
         axes[0].set_ylabel("accuracy, %")
-        handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8.5)
+        shown = {
+            label: handle
+            for axis in axes
+            for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+        }
+        figure.legend(
+            list(shown.values()),
+            list(shown),
+            loc="outside lower center",
+            ncols=4,
+            frameon=False,
+            fontsize=8.5,
+        )
         return _svg(figure)
 
 
@@ -79,7 +90,7 @@ def residual_chart(results: Results) -> str | None:
         axis.set_ylim(bottom=0)
         step = -(-len(names) // 40)
         axis.set_xticks(range(0, len(names), step), names[::step], rotation=90, fontsize=6.5)
-        axis.legend(frameon=False, fontsize=8.5, ncols=2)
+        figure.legend(loc="outside upper center", frameon=False, fontsize=8.5, ncols=6)
         return _svg(figure)
 
 
@@ -87,7 +98,7 @@ def _panels(results: Results) -> list[tuple[str, Score]]:
     tasks: list[tuple[str, Score]] = [(task, _task_score(task)) for task in results.tasks]
     if len(tasks) <= 1:
         return tasks
-    panels: list[tuple[str, Score]] = [("average of the tasks", lambda row: row.evaluation.average)]
+    panels: list[tuple[str, Score]] = [("average of the tasks", lambda row: average_of(results, row))]
     if results.joint:
         panels.append(("among all labels", lambda row: row.evaluation.joint))
     return [*panels, *tasks][:_MOST_PANELS]

@@ -10,6 +10,7 @@ import difflib
 import hashlib
 import json
 import os
+import re
 import types
 import typing
 from collections.abc import Iterator, Sequence
@@ -130,7 +131,7 @@ class Recipe(Spec):
     folder: where relative paths start; the recipe's own folder when absent
     """
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str
     seed: int = Field(default=0, ge=0)
     folder: str | None = None
     parents: ParentsSpec
@@ -139,6 +140,16 @@ class Recipe(Spec):
     merge: MergeSpec
     evaluate: tuple[TaskSpec, ...] = ()
     oracle: OracleSpec | None = None
+
+    @field_validator("name")
+    @classmethod
+    def _usable_as_a_folder(cls, name: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+            raise ValueError(
+                f"{name!r} also names the output folder: use letters, digits, '.', '_' and '-', starting with "
+                "a letter or digit"
+            )
+        return name
 
     def fingerprint(self) -> str:
         """SHA-256 of every key that can change a number: all of them but `folder`, which only says where
@@ -243,10 +254,16 @@ def _yaml_nearby(path: Path) -> str:
 def _located(error: pydantic.ValidationError, source: Source) -> list[str]:
     """One line per mistake, in the order of the file."""
     told: dict[Key, list[str]] = {}
-    for detail in error.errors(include_url=False):
+    details = error.errors(include_url=False)
+    meant = {_misspelt(detail) for detail in details}
+    for detail in details:
         if detail["type"] == "too_short" and detail["input"]:
             continue  # an item of the list is wrong, which pydantic tells as well
+        if detail["type"] == "missing" and detail["loc"] in meant:
+            continue  # it is there, misspelt
         key = _data_key(detail["loc"], source.data, detail["type"])
+        if detail["type"] == "union_tag_invalid":
+            key = (*key, detail["ctx"]["discriminator"].strip("'"))
         message = _message(detail, key)
         messages = told.setdefault(key, [])
         if message not in messages:
@@ -254,6 +271,15 @@ def _located(error: pydantic.ValidationError, source: Source) -> list[str]:
     lines = [(source.place(key), key, " or ".join(messages)) for key, messages in told.items()]
     lines.sort(key=lambda line: _sort_key(line[0]))
     return [source.locate(key, message) for _, key, message in lines]
+
+
+def _misspelt(detail: Any) -> tuple[int | str, ...] | None:
+    """The key that an unknown key was probably meant to be."""
+    if detail["type"] != "extra_forbidden":
+        return None
+    *section, found = detail["loc"]
+    close = difflib.get_close_matches(str(found), _known_keys(Recipe, section), n=1)
+    return (*section, close[0]) if close else None
 
 
 def _sort_key(place: str) -> tuple[int, int]:
@@ -292,20 +318,21 @@ def _message(detail: Any, key: Key) -> str:
         return f"the key {context['discriminator']} is required"
     if kind == "value_error":
         return str(context["error"])
-    message = str(detail["msg"]).replace("Input should be", "must be").replace("valid ", "")
+    message = str(detail["msg"]).replace("Input should be", "must be")
     for pydantic_name, name in _TYPE_NAMES.items():
         message = message.replace(pydantic_name, name)
     return f"{message}, not {_short(detail['input'])}"
 
 
 _TYPE_NAMES = {
-    "an integer": "a whole number",
-    "a string": "text",
-    "a tuple": "a list",
-    "an array": "a list",
-    "a dictionary": "a mapping",
+    "a valid integer": "a whole number",
+    "a valid number": "a number",
+    "a valid string": "text",
+    "a valid tuple": "a list",
+    "a valid array": "a list",
+    "a valid dictionary": "a mapping",
     "an object": "a mapping",
-    "a boolean": "true or false",
+    "a valid boolean": "true or false",
 }
 
 

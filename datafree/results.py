@@ -127,12 +127,16 @@ def cells(results: Results, row: Row) -> list[str]:
     scores = [row.evaluation.score(task) for task in results.tasks]
     accuracies = [None if score is None else score.accuracy for score in scores]
     if len(results.tasks) > 1:
-        # A parent that answers only its own tasks has no average that could be compared.
-        accuracies.append(None if None in accuracies else row.evaluation.average)
+        accuracies.append(average_of(results, row))
     if results.joint:
         accuracies.append(row.evaluation.joint)
     shown = ["-" if value is None else f"{100 * value:.1f}" for value in accuracies]
     return [row.label, *shown, _si(row.flops), f"{row.ratio:.3f}", _si(row.parameters)]
+
+
+def average_of(results: Results, row: Row) -> float | None:
+    """Mean accuracy over all tasks; None for a parent that answers only its own, which compares with nothing."""
+    return row.evaluation.average if len(row.evaluation.tasks) == len(results.tasks) else None
 
 
 def _si(value: float) -> str:
