@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -143,6 +143,14 @@ def weights(expert: Expert, progress: Progress | None = None) -> tuple[dict[str,
     return state, f"digits:{expert.name}: {said} at {expert.path()}"
 
 
+def sketch(expert: Expert) -> dict[str, Tensor]:
+    """State dict of `expert` before training, with the batch-norm statistics of some of its images.
+
+    It stands in for the expert where only shapes and kinds of tensors matter, and is made in an instant.
+    """
+    return trained(replace(expert, epochs=0)).state_dict()
+
+
 def trained(expert: Expert, progress: Progress | None = None) -> DigitsResNet:
     """The network that `expert`'s settings give, in evaluation mode."""
     spec = ImageSpec(digits=DigitsSpec(domain=expert.domain, split="train"), keep_labels=expert.digits)
@@ -156,7 +164,9 @@ def trained(expert: Expert, progress: Progress | None = None) -> DigitsResNet:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(expert.seed, "digits", expert.name))
             model = digits_resnet(len(expert.digits))
-            _fit(model, pixels, targets, expert, progress)
+            model(pixels[: expert.batch])  # batch norms see data even where epochs is 0
+            if expert.epochs:
+                _fit(model, pixels, targets, expert, progress)
     finally:
         torch.set_num_threads(threads)
     return model.eval()
@@ -177,7 +187,6 @@ def _fit(
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimiser, max_lr=expert.learning_rate, epochs=expert.epochs, steps_per_epoch=steps
     )
-    model.train()
     for epoch in range(expert.epochs):
         order = torch.randperm(len(pixels))
         for step in range(steps):

@@ -104,8 +104,8 @@ def load_parent(
 ) -> Parent:
     """Build the parent called `name` ("a", "b") from its section of a recipe that lies in folder `base`.
 
-    probe: do not train an expert of the quickstart that is not cached yet; its weights stay random and a note
-    says so. Raises UsageError, with the parent's name, for anything the section got wrong.
+    probe: do not train an expert of the quickstart that is not cached yet; a sketch stands in and a note says
+    so Raises UsageError, with the parent's name, for anything the section got wrong.
     """
     try:
         return _load(spec, name, base, probe, progress)
@@ -189,6 +189,7 @@ def _fill_with_digits(
     expert = digits.expert(reference.removeprefix(DIGITS))
     path = expert.path()
     if probe and not path.is_file():
+        load_into(module, digits.sketch(expert), reference)
         return None, (f"{reference} is not trained yet: a merge trains it first, in under a minute",)
     state, said = digits.weights(expert, progress)
     return path, (said, *load_into(module, state, reference))

@@ -72,6 +72,9 @@ def test_a_probe_trains_nothing_and_says_so(quick: Path) -> None:
     probed = parent("upright", quick, probe=True)
     assert "digits:upright is not trained yet: a merge trains it first" in probed.notes[0]
     assert not list(quick.iterdir())
+    state = probed.module.state_dict()
+    assert not torch.equal(state["bn1.running_var"], torch.ones(16))  # as an inversion demands of a parent
+    assert probed.fingerprint != parent("upright", quick).fingerprint
 
 
 def test_settings_decide_where_the_weights_lie(quick: Path) -> None:

@@ -1,0 +1,103 @@
+"""The shape of the project: what may import what, what the help costs, where the version stands."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import time
+import tomllib
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+import datafree
+
+HELP = "from datafree.cli import main; main(['--help'])"
+MATHEMATICS = {"pleas", "torch", "scipy", "numpy"}  # numpy: the arrays that scipy takes and gives
+
+
+def imported(path: Path) -> set[str]:
+    """Top-level names of every import in a file, wherever it stands."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            names.add((node.module or "").partition(".")[0])
+    return names
+
+
+def test_pleas_imports_torch_scipy_and_the_standard_library_only(project: Path) -> None:
+    allowed = MATHEMATICS | set(sys.stdlib_module_names)
+    for path in sorted((project / "pleas").rglob("*.py")):
+        assert imported(path) <= allowed, path
+
+
+def test_pleas_opens_prints_and_downloads_nothing(project: Path) -> None:
+    for path in sorted((project / "pleas").rglob("*.py")):
+        assert not imported(path) & {
+            "pathlib",
+            "os",
+            "shutil",
+            "tempfile",
+            "urllib",
+            "requests",
+            "logging",
+        }, path
+        names = {node.id for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Name)}
+        assert not names & {"open", "print"}, path
+
+
+def test_nothing_installed_imports_tests_or_benchmarks(project: Path) -> None:
+    for package in ("pleas", "datafree"):
+        for path in sorted((project / package).rglob("*.py")):
+            assert not imported(path) & {"tests", "benchmarks"}, path
+
+
+def test_the_version_stands_in_one_place(project: Path) -> None:
+    declared = tomllib.loads((project / "pyproject.toml").read_text())["project"]
+    assert "version" not in declared
+    assert version("datafree") == datafree.__version__
+    assert f"## {datafree.__version__}" in (project / "CHANGELOG.md").read_text()
+
+
+def test_every_declared_dependency_is_imported_and_every_import_declared(project: Path) -> None:
+    declared = tomllib.loads((project / "pyproject.toml").read_text())["project"]
+    modules = {"pillow": "PIL", "pyyaml": "yaml", "scikit-learn": "sklearn"}
+    needs = {requirement.partition(">=")[0].lower() for requirement in declared["dependencies"]}
+    needed = {modules.get(name, name) for name in needs}
+    optional = {"sklearn", "onnx", "onnxscript"}
+    used = set[str]()
+    for package in ("pleas", "datafree"):
+        for path in (project / package).rglob("*.py"):
+            used |= imported(path)
+    assert used - set(sys.stdlib_module_names) - {"pleas", "datafree"} <= needed | optional
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, check=True)
+
+
+def test_help_does_not_import_torch() -> None:
+    heavy = "{'torch', 'numpy', 'pydantic', 'rich', 'yaml'}"
+    assert run("-c", f"import sys, datafree.cli; print(*(set(sys.modules) & {heavy}))").stdout.strip() == ""
+
+
+def test_help_is_instant() -> None:
+    help_seconds, bare_seconds = [], []
+    for _ in range(5):
+        for seconds, command in ((bare_seconds, ("-c", "pass")), (help_seconds, ("-c", HELP))):
+            started = time.perf_counter()
+            run(*command)
+            seconds.append(time.perf_counter() - started)
+    # The 0.5 s count from a warm, idle machine: what the interpreter itself takes here is not ours.
+    assert min(help_seconds) - min(bare_seconds) < 0.4, (help_seconds, bare_seconds)
+
+
+@pytest.mark.parametrize("name", ["quickstart", "test", "test-all", "lint", "types"])
+def test_the_makefile_knows_the_commands_the_readme_names(project: Path, name: str) -> None:
+    done = subprocess.run(["make", "-n", name], cwd=project, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
