@@ -146,8 +146,8 @@ class Recipe(Spec):
     def _usable_as_a_folder(cls, name: str) -> str:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
             raise ValueError(
-                f"{name!r} also names the output folder: use letters, digits, '.', '_' and '-', starting with "
-                "a letter or digit"
+                f"{name!r} also names the output folder: use letters, digits, '.', '_' and '-', starting "
+                "with a letter or digit"
             )
         return name
 

@@ -135,7 +135,7 @@ def cells(results: Results, row: Row) -> list[str]:
 
 
 def average_of(results: Results, row: Row) -> float | None:
-    """Mean accuracy over all tasks; None for a parent that answers only its own, which compares with nothing."""
+    """Mean accuracy over all tasks; None for a parent that answers only its own: it compares with nothing."""
     return row.evaluation.average if len(row.evaluation.tasks) == len(results.tasks) else None
 
 
