@@ -1,0 +1,8 @@
+"""Refine: a short distillation of both parents into the merged network, on proxy images only."""
+
+from pleas.refine.distil import Evidence
+from pleas.refine.settings import RefineSettings
+from pleas.refine.training import Check, RefineResult, refine
+from pleas.refine.views import Augment, shift_and_flip
+
+__all__ = ["Augment", "Check", "Evidence", "RefineResult", "RefineSettings", "refine", "shift_and_flip"]

@@ -1,0 +1,111 @@
+"""The weights in training, their moving average and the optimiser: all that a resumed run needs."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pleas.refine.settings import RefineSettings
+
+State = Mapping[str, Any]  # tensors, numbers and text in plain dicts and lists
+
+
+class Diverged(Exception):
+    """A loss or a gradient that is not finite, or a network far worse than the start."""
+
+
+class Learner:
+    """A copy of `module` whose every weight is trained by Adam; batch norms keep their running statistics.
+
+    network: in training            average: the same network with the moving average of the weights
+    """
+
+    def __init__(self, module: nn.Module, settings: RefineSettings, device: torch.device) -> None:
+        self.network = laid_out(copy.deepcopy(module).to(device)).eval().requires_grad_(True)
+        self.average = copy.deepcopy(self.network).requires_grad_(False)
+        self.settings, self.step = settings, 0
+        self._weights = dict(self.network.named_parameters())
+        self._averaged = dict(self.average.named_parameters())
+        self._optimiser = torch.optim.Adam(self._weights.values(), lr=settings.rate)
+
+    def learn(self, loss: Tensor, rate: float) -> None:
+        """One step. Raises Diverged, weights untouched, for a loss or gradient that is not finite."""
+        if not torch.isfinite(loss):
+            raise Diverged(f"the loss became {float(loss.detach())}")
+        self._optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self._weights.values(), self.settings.clip)
+        if not torch.isfinite(norm):
+            raise Diverged(f"the gradient's norm became {float(norm)}")
+        self._optimiser.param_groups[0]["lr"] = rate
+        self._optimiser.step()
+        self.step += 1
+        self._follow()
+
+    @torch.no_grad()
+    def _follow(self) -> None:
+        """Move the average; its memory is short at first, for the start is not worth remembering."""
+        decay = min(self.settings.average, self.step / (self.step + 10))
+        for name, averaged in self._averaged.items():
+            averaged.lerp_(self._weights[name], 1 - decay)
+
+    def averaged(self) -> dict[str, Tensor]:
+        """The average's weights by name, copied."""
+        return _copied(self._averaged)
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "weights": _copied(self._weights),
+            "average": _copied(self._averaged),
+            "optimiser": _plain(self._optimiser.state_dict()),
+        }
+
+    def load(self, state: State) -> None:
+        self.step = state["step"]
+        with torch.no_grad():
+            for name in self._weights:
+                self._weights[name].copy_(state["weights"][name])
+                self._averaged[name].copy_(state["average"][name])
+        self._optimiser.load_state_dict(_plain(dict(state["optimiser"])))
+
+
+def schedule(done: float, warmup: float) -> float:
+    """Share of the highest rate at the share `done` of a run: a linear rise, then a cosine to zero."""
+    if done < warmup:
+        return done / warmup
+    return 0.5 * (1 + math.cos(math.pi * (done - warmup) / (1 - warmup)))
+
+
+def with_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of `module` with these parameters; everything else, memory layout included, stays its own."""
+    result = copy.deepcopy(module)
+    with torch.no_grad():
+        for name, parameter in result.named_parameters():
+            parameter.copy_(weights[name])
+    return result
+
+
+def laid_out(value: Any) -> Any:
+    """A network, or images (N, C, H, W), channels last: the fastest layout for convolutions."""
+    if isinstance(value, nn.Module):
+        return value.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return value.contiguous(memory_format=torch.channels_last) if value.dim() == 4 else value
+
+
+def _copied(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: weight.detach().clone() for name, weight in weights.items()}
+
+
+def _plain(value: Any) -> Any:
+    """A copy in which every tensor is its own."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

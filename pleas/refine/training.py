@@ -1,0 +1,372 @@
+"""The refine stage: a short distillation of both parents into the merged network, on proxy images only.
+
+Least squares brings every layer of a merged network close to its parents; training the network on the
+parents' answers closes most of the distance that is left. No label and no real image is used. A held-out
+share of the proxies says when to stop and whether the result is better than the start; if it is not, the
+start comes back.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from pleas.errors import InputError, NonFinite
+from pleas.refine.distil import TINY, Evidence, Normalise, Objective, Parents, heads_of, kind_of_outputs
+from pleas.refine.learner import Diverged, Learner, State, laid_out, schedule, with_weights
+from pleas.refine.settings import RefineSettings
+from pleas.refine.views import Augment, Batches, shift_and_flip, split_off
+
+Progress = Callable[[str, int, int], None]
+
+FORMAT = 1
+MIN_HELD_OUT = 16
+DIVERGED = 3.0  # a held-out loss this many times the start's
+_AT_ONCE = 256  # images judged in one forward pass
+_DEFAULTS = RefineSettings()
+
+
+@dataclass(frozen=True)
+class Check:
+    """One look at the run. rate: of the next step; trained: mean training loss since the look before."""
+
+    step: int
+    seconds: float
+    rate: float
+    trained: float | None
+    evidence: Evidence
+
+
+@dataclass(frozen=True)
+class RefineResult:
+    """The refined module, and the evidence for it on the held-out images.
+
+    kept:    "refined", or "start" where refining did not bring the network closer to its parents
+    start:   evidence of the module that was given        refined: of the best one that training reached
+    history: every check; the first is the start
+    """
+
+    module: nn.Module
+    kept: Literal["refined", "start"]
+    start: Evidence
+    refined: Evidence
+    history: tuple[Check, ...]
+    steps: int
+    seconds: float
+    held_out: int
+    notes: tuple[str, ...]
+
+
+def refine(
+    module: nn.Module,
+    a: nn.Module,
+    b: nn.Module,
+    images: Tensor,
+    settings: RefineSettings = _DEFAULTS,
+    *,
+    normalise: Normalise,
+    normalise_a: Normalise | None = None,
+    normalise_b: Normalise | None = None,
+    heads: Literal["shared", "separate"] = "shared",
+    augment: Augment | None = shift_and_flip,
+    device: torch.device | str = "cpu",
+    state: State | None = None,
+    checkpoint: Callable[[State], None] | None = None,
+    progress: Progress | None = None,
+) -> RefineResult:
+    """Train all weights of `module` to answer as its parents do; batch norms keep their statistics.
+
+    images:      proxies, uint8 (N, C, H, W)
+    normalise:   makes them the merged network's input; normalise_a, normalise_b: a parent's, where it differs
+    heads:       "shared": `module` gives (N, K), its target is the mean of the parents' logits;
+                 "separate": it gives (N, K_a + K_b)
+    augment:     (uint8 images, generator) -> uint8 images; None trains on the images as they are
+    state:       what `checkpoint` was given last by a run that was interrupted: the run goes on from there,
+                 and on a CPU ends with the same bits as one that was not
+    progress:    called with (what there is to say, done, total), in steps, or seconds with settings.minutes
+    The given modules are not changed. Raises InputError for unusable images or settings, NonFinite where a
+    network returns NaN.
+    """
+    device = torch.device(device)
+    train, held = _divided(images, settings)
+    parents = Parents(
+        _frozen(a, device),
+        _frozen(b, device),
+        normalise_a or normalise,
+        normalise_b or normalise,
+        shared=heads == "shared",
+    )
+    judge = _Judge(held, parents, normalise, settings, device)
+    learner = Learner(module, settings, device)
+    start = judge(learner.network)
+    if not start.finite:
+        raise NonFinite(
+            "the merged network returns NaN or infinity on proxy images before any refining: see the merge"
+        )
+    batches = Batches(train, settings.batch, settings.seed, augment, settings.views)
+    lesson = _Lesson(batches, parents, judge.objective, normalise, settings, device)
+    run = _Run(learner, lesson, judge, start, progress)
+    identity = {**asdict(settings), "images": list(images.shape), "heads": heads}
+    if state is not None:
+        _check_state(state, identity)
+        run.load(state)
+    run.go(lambda found: checkpoint and checkpoint({"format": FORMAT, "run": identity, **found}))
+    better = run.best != start
+    return RefineResult(
+        module=with_weights(module, run.best_weights) if better else copy.deepcopy(module),
+        kept="refined" if better else "start",
+        start=start,
+        refined=run.best,
+        history=tuple(run.history),
+        steps=learner.step,
+        seconds=run.seconds,
+        held_out=len(held),
+        notes=tuple(judge.notes + run.notes),
+    )
+
+
+# before the run ---------------------------------------------------------------------------------------------
+
+
+def _divided(images: Tensor, settings: RefineSettings) -> tuple[Tensor, Tensor]:
+    """Images to train on and images held out."""
+    if images.dtype != torch.uint8 or images.ndim != 4:
+        raise InputError(
+            f"images are {images.dtype} {tuple(images.shape)}: uint8 of shape (N, C, H, W) is needed, "
+            "values from 0 to 255"
+        )
+    needed = max(settings.batch + MIN_HELD_OUT, math.ceil(settings.batch / (1 - settings.holdout)))
+    if len(images) < needed:
+        raise InputError(
+            f"refining got {len(images)} proxy images and needs at least {needed}: {MIN_HELD_OUT} or more "
+            f"are held out to judge the result, and the others must fill one batch of {settings.batch}. Make "
+            "more proxies, or leave the refine stage out"
+        )
+    share = max(settings.holdout, MIN_HELD_OUT / len(images))
+    train, held = split_off(len(images), share, settings.seed)
+    return images[train], images[held]
+
+
+def _frozen(parent: nn.Module, device: torch.device) -> nn.Module:
+    return laid_out(copy.deepcopy(parent).to(device)).eval().requires_grad_(False)
+
+
+def _check_state(state: State, identity: Mapping[str, Any]) -> None:
+    if state.get("format") != FORMAT:
+        raise InputError(
+            f"the saved state has format {state.get('format')!r}, this version reads {FORMAT}: refine afresh"
+        )
+    then = state["run"]
+    changed = [f"{key} was {then[key]} and is {now}" for key, now in identity.items() if then[key] != now]
+    if changed:
+        raise InputError(
+            f"the saved state belongs to another run ({'; '.join(changed)}): go on with the same settings "
+            "and images, or refine afresh"
+        )
+
+
+# the run ----------------------------------------------------------------------------------------------------
+
+
+class _Judge:
+    """Evidence on the held-out images; the parents answer them once."""
+
+    def __init__(
+        self,
+        held: Tensor,
+        parents: Parents,
+        normalise: Normalise,
+        settings: RefineSettings,
+        device: torch.device,
+    ) -> None:
+        self._parts, self._normalise, self._device = held.split(_AT_ONCE), normalise, device
+        answers = [parents.answers(part.to(device)) for part in self._parts]
+        a, b = (torch.cat([answer[k] for answer in answers]).cpu() for k in (0, 1))
+        if parents.shared and a.shape != b.shape:
+            raise InputError(
+                f"parent A returns {a.shape[1]} outputs and parent B {b.shape[1]}: a shared head needs the "
+                "same labels; with different ones each parent needs its own head (heads: separate)"
+            )
+        outputs, note = kind_of_outputs((a, b))
+        self.notes = [note] if note else []
+        self._target = (a + b) / 2 if parents.shared else torch.cat([a, b], 1)
+        spread = float(self._target.var(0).mean()) if outputs == "values" else 0.0
+        heads = heads_of((a.shape[1], b.shape[1]), parents.shared)
+        self.objective = Objective(heads, outputs, settings, spread or 1.0)
+
+    @torch.no_grad()
+    def __call__(self, network: nn.Module) -> Evidence:
+        seen = (laid_out(self._normalise(part.to(self._device))) for part in self._parts)
+        output = torch.cat([network(x).float().cpu() for x in seen])
+        if output.shape != self._target.shape:
+            raise InputError(
+                f"the merged network returns {output.shape[1]} outputs per image and its parents' heads have "
+                f"{self._target.shape[1]}: `heads` must be what the merge was made with"
+            )
+        return self.objective.judge(output, self._target)
+
+
+@dataclass
+class _Lesson:
+    """The loss of a step."""
+
+    batches: Batches
+    parents: Parents
+    objective: Objective
+    normalise: Normalise
+    settings: RefineSettings
+    device: torch.device
+    _known: dict[int, Tensor] = field(default_factory=dict)  # answers to batches that come round again
+
+    def loss(self, network: nn.Module, step: int) -> Tensor:
+        number = self.batches.number(step)
+        images = self.batches(number).to(self.device, non_blocking=True)
+        target = self._known.get(number)
+        if target is None:
+            target = self.parents(images)
+            if self.settings.views:
+                self._known[number] = target
+        half = self.settings.half and self.device.type == "cuda"
+        with torch.enable_grad():
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
+                output = network(laid_out(self.normalise(images)))
+            return self.objective(output, target)
+
+
+class _Run:
+    """From the first step to the last, with a check now and then."""
+
+    def __init__(
+        self, learner: Learner, lesson: _Lesson, judge: _Judge, start: Evidence, progress: Progress | None
+    ) -> None:
+        self._learner, self._lesson, self._judge, self._progress = learner, lesson, judge, progress
+        self._settings = learner.settings
+        self._start = self.best = start
+        self.best_weights = learner.averaged()
+        self.history = [Check(0, 0.0, 0.0, None, start)]
+        self.notes: list[str] = []
+        self._setbacks, self._checks = 0, 0
+        self._losses: list[float] = []
+        self._before, self._since = 0.0, time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Of work, earlier sessions of an interrupted run included."""
+        return self._before + time.perf_counter() - self._since
+
+    @property
+    def done(self) -> float:
+        """Share of the run that lies behind, by steps or by the clock."""
+        if self._settings.length is not None:
+            return self._learner.step / self._settings.length
+        return self.seconds / self._settings.limit
+
+    def go(self, keep: Callable[[State], object]) -> None:
+        """Train to the end of the schedule; `keep` gets the state after every check."""
+        safe = self.state()
+        while self._learner.step == 0 or (self.done < 1 and not self._patience_is_over()):
+            try:
+                self._step()
+                if self.done >= 1 or math.floor(self.done * self._settings.checks) > self._checks:
+                    self._check()
+                    safe = self.state()
+                    keep(safe)
+            except Diverged as reason:
+                if not self._go_back(safe, reason):
+                    return
+
+    def _step(self) -> None:
+        began = time.perf_counter()
+        loss = self._lesson.loss(self._learner.network, self._learner.step)
+        self._learner.learn(loss, self._rate())
+        self._losses.append(float(loss.detach()))
+        took = time.perf_counter() - began
+        if self._learner.step == 1 and self._settings.length is None and took > self._settings.limit:
+            raise InputError(
+                f"minutes = {self._settings.minutes:g} is less than one step takes here ({took:.2g} "
+                f"s with batches of {self._settings.batch}): allow more time, or a smaller batch"
+            )
+        self._tell()
+
+    def _rate(self) -> float:
+        settings, here = self._settings, self.done
+        if settings.length is not None:
+            here += 0.5 / settings.length  # the middle of the step
+        return settings.rate * 0.5**self._setbacks * schedule(min(here, 1.0), settings.warmup)
+
+    def _check(self) -> None:
+        evidence = self._judge(self._learner.average)
+        if not evidence.finite or evidence.loss > DIVERGED * self._start.loss + TINY:
+            raise Diverged(f"the held-out loss rose from {self._start.loss:.3g} to {evidence.loss:.3g}")
+        trained = sum(self._losses) / len(self._losses)
+        self.history.append(Check(self._learner.step, self.seconds, self._rate(), trained, evidence))
+        self._losses.clear()
+        self._checks = math.floor(self.done * self._settings.checks)
+        if evidence.better_than(self.best, self._start):
+            self.best, self.best_weights = evidence, self._learner.averaged()
+
+    def _patience_is_over(self) -> bool:
+        patience = self._settings.patience
+        if patience is None or len(self.history) <= patience:
+            return False
+        losses = [check.evidence.loss for check in self.history]
+        return min(losses[-patience:]) >= min(losses[:-patience])
+
+    def _go_back(self, safe: State, reason: Diverged) -> bool:
+        """Return to the last check, at half the rate; False when that was done often enough."""
+        step, setbacks, seconds = self._learner.step, self._setbacks + 1, self.seconds
+        if setbacks > self._settings.retries:
+            self.notes.append(f"training diverged again after step {step} ({reason}) and ended there")
+            return False
+        notes = self.notes
+        self.load(safe)
+        self.notes, self._setbacks, self._before = notes, setbacks, seconds
+        self.notes.append(
+            f"training diverged after step {step} ({reason}): it went back to step {self._learner.step} and "
+            f"on at a rate of {self._settings.rate * 0.5**setbacks:.2g}"
+        )
+        return True
+
+    def _tell(self) -> None:
+        if self._progress is None:
+            return
+        agreement = 100 * self.history[-1].evidence.mean_agreement
+        left = round(self.seconds * max(0.0, 1 / self.done - 1))
+        text = (
+            f"loss {self._losses[-1]:.3g}, held-out agreement {agreement:.1f} %, "
+            f"{left // 60}:{left % 60:02d} left"
+        )
+        total = self._settings.length or math.ceil(self._settings.limit)
+        here = self._learner.step if self._settings.length is not None else math.ceil(self.seconds)
+        self._progress(text, min(here, total), total)
+
+    def state(self) -> dict[str, Any]:
+        return {
+            **self._learner.state(),
+            "best": asdict(self.best),
+            "best_weights": dict(self.best_weights),
+            "history": [asdict(check) for check in self.history],
+            "notes": list(self.notes),
+            "setbacks": self._setbacks,
+            "checks": self._checks,
+            "seconds": self.seconds,
+        }
+
+    def load(self, state: State) -> None:
+        self._learner.load(state)
+        self.best = Evidence(**state["best"])
+        self.best_weights = dict(state["best_weights"])
+        self.history = [
+            Check(**{**check, "evidence": Evidence(**check["evidence"])}) for check in state["history"]
+        ]
+        self.notes = list(state["notes"])
+        self._setbacks, self._checks = state["setbacks"], state["checks"]
+        self._before, self._since = state["seconds"], time.perf_counter()
+        self._losses.clear()

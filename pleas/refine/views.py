@@ -1,0 +1,90 @@
+"""What the merged network is shown: batch n of a run is a pure function of (seed, n).
+
+No generator lives across steps, so a run goes on after an interruption exactly as if there had been none, and
+a batch that comes round again is the same batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Augment = Callable[[Tensor, torch.Generator], Tensor]  # uint8 (N, C, H, W) -> uint8 of the same shape
+
+
+def generator_for(seed: int, *purpose: str | int) -> torch.Generator:
+    """A generator of its own for every purpose, the same in every process."""
+    text = "\x00".join(map(str, (seed, "refine", *purpose)))
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big"))
+
+
+class Batches:
+    """Augmented batches of `images`, uint8 (N, C, H, W); every image once before any comes again."""
+
+    def __init__(self, images: Tensor, size: int, seed: int, augment: Augment | None, views: int) -> None:
+        self._images, self._size, self._seed, self._augment, self._views = images, size, seed, augment, views
+        self._orders: dict[tuple[str, int], Tensor] = {}
+
+    def number(self, step: int) -> int:
+        """Which batch belongs to `step`; of a limited number of views, each comes once before any again."""
+        if not self._views:
+            return step
+        lap, place = divmod(step, self._views)
+        return int(self._order("lap", lap, self._views)[place])
+
+    def __call__(self, number: int) -> Tensor:
+        places = torch.arange(number * self._size, (number + 1) * self._size)
+        laps, offsets = places // len(self._images), places % len(self._images)
+        chosen = torch.empty_like(places)
+        for lap in laps.unique().tolist():
+            here = laps == lap
+            chosen[here] = self._order("images", lap, len(self._images))[offsets[here]]
+        images = self._images[chosen]
+        return (
+            images
+            if self._augment is None
+            else self._augment(images, generator_for(self._seed, "view", number))
+        )
+
+    def _order(self, kind: str, lap: int, count: int) -> Tensor:
+        if (kind, lap) not in self._orders:
+            if len(self._orders) > 16:
+                self._orders.clear()
+            self._orders[kind, lap] = torch.randperm(count, generator=generator_for(self._seed, kind, lap))
+        return self._orders[kind, lap]
+
+
+def split_off(count: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Indices to train on and indices held out, both ascending; a seeded choice."""
+    held = max(1, round(share * count))
+    order = torch.randperm(count, generator=generator_for(seed, "held out"))
+    return order[held:].sort().values, order[:held].sort().values
+
+
+def shift_and_flip(
+    images: Tensor, generator: torch.Generator, *, shift: float = 0.125, flip: bool = True
+) -> Tensor:
+    """Every image moved by up to `shift` of its sides, edges reflected; half are also mirrored."""
+    count, channels, height, width = images.shape
+    down, across = _offsets(count, height, shift, generator), _offsets(count, width, shift, generator)
+    rows, columns = _reflected(down, height), _reflected(across, width)
+    if flip:
+        mirrored = torch.rand(count, generator=generator) < 0.5
+        columns = torch.where(mirrored[:, None], columns.flip(1), columns)
+    image = torch.arange(count)[:, None, None, None]
+    channel = torch.arange(channels)[None, :, None, None]
+    return images[image, channel, rows[:, None, :, None], columns[:, None, None, :]]
+
+
+def _offsets(count: int, side: int, shift: float, generator: torch.Generator) -> Tensor:
+    reach = min(round(shift * side), side - 1)
+    return torch.randint(-reach, reach + 1, (count,), generator=generator)
+
+
+def _reflected(offsets: Tensor, side: int) -> Tensor:
+    """Per image, which of `side` lines is seen in each place: (N, side)."""
+    places = (offsets[:, None] + torch.arange(side)).abs()
+    return torch.where(places >= side, 2 * (side - 1) - places, places)

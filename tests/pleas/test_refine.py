@@ -1,0 +1,423 @@
+"""The refine stage: what it promises about its result, its restarts and its messages."""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pleas.errors import InputError, NonFinite
+from pleas.refine import Evidence, RefineResult, RefineSettings, refine, shift_and_flip
+from pleas.refine.distil import Objective, heads_of
+from pleas.refine.views import Batches, split_off
+from tests.cases import conv_bn, pooled_head, randomise
+
+SHORT = RefineSettings(steps=30, batch=16, rate=3e-3, checks=5, holdout=0.25)
+
+
+def net(seed: int, classes: int = 4) -> nn.Module:
+    """Two convolutions with batch norm and a head, random in every number."""
+    module = nn.Sequential(conv_bn(3, 6), conv_bn(6, 8), pooled_head(8, classes)).eval()
+    return randomise(module, torch.Generator().manual_seed(seed)).requires_grad_(False)
+
+
+def normalise(images: Tensor) -> Tensor:
+    return images.float() / 64 - 2
+
+
+def proxies(count: int = 96) -> Tensor:
+    """Smooth random images in strong colours, on which random networks differ."""
+    smooth = torch.randn(count, 3, 3, 3, generator=torch.Generator().manual_seed(5)) * 0.7 + 0.5
+    return (F.interpolate(smooth, 12, mode="bicubic").clamp(0, 1) * 255).to(torch.uint8)
+
+
+def run(
+    module: nn.Module | None = None,
+    settings: RefineSettings = SHORT,
+    a: nn.Module | None = None,
+    b: nn.Module | None = None,
+    **options: Any,
+) -> RefineResult:
+    """A run of two parents, from the first of them unless told otherwise."""
+    a, b = a or net(1), b or net(2)
+    images = options.pop("images", proxies())
+    return refine(module or a, a, b, images, settings, normalise=normalise, **options)
+
+
+def two_heads(a: nn.Module, b: nn.Module) -> nn.Module:
+    """A's body with the heads of both parents side by side."""
+    merged = copy.deepcopy(a)
+    heads = [module[2][2] for module in (a, b)]  # type: ignore[index]
+    joined = nn.Linear(8, sum(head.out_features for head in heads))
+    with torch.no_grad():
+        joined.weight.copy_(torch.cat([head.weight for head in heads]))
+        joined.bias.copy_(torch.cat([head.bias for head in heads]))
+    merged[2][2] = joined  # type: ignore[index]
+    return merged.requires_grad_(False)
+
+
+def same(one: nn.Module, other: nn.Module) -> bool:
+    """Whether every parameter and buffer is the same bit for bit."""
+    left, right = one.state_dict(), other.state_dict()
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+# the result -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("heads", ["shared", "separate"])
+def test_comes_closer_to_both_parents(heads: Any) -> None:
+    a, b = net(1), net(2, 4 if heads == "shared" else 3)
+    start = net(3) if heads == "shared" else two_heads(net(3), net(4, 3))
+    result = run(start, replace(SHORT, steps=120), a, b, heads=heads)
+    assert result.kept == "refined"
+    assert result.refined.loss < 0.7 * result.start.loss
+    assert set(result.refined.agreement) == ({"shared"} if heads == "shared" else {"a", "b"})
+    assert result.history[0].evidence == result.start
+    assert [check.step for check in result.history] == [0, 24, 48, 72, 96, 120]
+    assert result.steps == 120
+    assert result.held_out == 24
+
+
+def test_evidence_is_that_of_the_returned_module() -> None:
+    a, b = net(1), net(2)
+    result = run(a, a=a, b=b)
+    _, held = split_off(96, SHORT.holdout, SHORT.seed)
+    seen = normalise(proxies()[held])
+    with torch.no_grad():
+        target, output = (a(seen) + b(seen)) / 2, result.module(seen)
+    agreement = float((output.argmax(1) == target.argmax(1)).float().mean())
+    assert result.refined.agreement["shared"] == pytest.approx(agreement)
+    loss = by_hand(output, target, temperature=1.0) + SHORT.logit_weight * float(
+        (output - target).square().mean()
+    )
+    assert result.refined.loss == pytest.approx(loss, rel=1e-4)
+
+
+def test_nothing_that_was_given_is_changed() -> None:
+    a, b, start = net(1), net(2), net(3).train()
+    before = [copy.deepcopy(module) for module in (a, b, start)]
+    images = proxies()
+    random = torch.get_rng_state()
+    run(start, a=a, b=b, images=images)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert torch.equal(images, proxies())
+    for module, copied in zip((a, b, start), before, strict=True):
+        assert same(module, copied)
+        assert all(not p.requires_grad for p in module.parameters())
+    assert start.training
+    assert not a.training
+
+
+def test_batch_norm_keeps_its_statistics() -> None:
+    result = run()
+    for name, value in net(1).named_buffers():
+        assert torch.equal(result.module.get_buffer(name), value)
+
+
+def test_a_start_that_cannot_be_bettered_is_kept() -> None:
+    a = net(1)
+    result = run(a, a=a, b=a)  # the parents are one network, and the start is that network
+    assert result.kept == "start"
+    assert result.start.loss == pytest.approx(0, abs=1e-6)
+    assert same(result.module, a)
+
+
+def test_same_seed_same_bits_other_seed_other_bits() -> None:
+    first, again, other = run(), run(), run(settings=replace(SHORT, seed=1))
+    assert same(first.module, again.module)
+    assert not same(first.module, other.module)
+
+
+def test_patience_ends_a_run_that_no_longer_improves() -> None:
+    a = net(1)
+    result = run(a, replace(SHORT, steps=200, checks=20, patience=2), a, a)
+    assert result.steps == 20
+
+
+# interruption -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("views", [0, 3])
+def test_resumed_equals_uninterrupted_bit_for_bit(views: int) -> None:
+    settings = replace(SHORT, views=views)
+    states: list[Any] = []
+    whole = run(settings=settings, checkpoint=states.append)
+    assert [state["step"] for state in states] == [6, 12, 18, 24, 30]
+    for state in states:
+        resumed = run(settings=settings, state=copy.deepcopy(state))
+        assert same(resumed.module, whole.module)
+        assert resumed.refined == whole.refined
+        assert [c.evidence for c in resumed.history] == [c.evidence for c in whole.history]
+        assert resumed.steps == 30
+
+
+def test_state_is_plain_data_that_torch_loads_without_code(tmp_path: Any) -> None:
+    states: list[Any] = []
+
+    def stop(text: str, done: int, total: int) -> None:
+        if done == 15:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(checkpoint=states.append, progress=stop)
+    torch.save(states[-1], tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert state["step"] == 12
+    assert same(run(state=state).module, run().module)
+
+
+def test_a_state_of_another_run_is_refused() -> None:
+    states: list[Any] = []
+    run(checkpoint=states.append)
+    with pytest.raises(
+        InputError, match=r"belongs to another run \(rate was 0\.003 and is 0\.001; seed was 0 and is 1\)"
+    ):
+        run(settings=replace(SHORT, rate=1e-3, seed=1), state=states[0])
+    with pytest.raises(InputError, match=r"format 0, this version reads 1: refine afresh"):
+        run(state={**states[0], "format": 0})
+
+
+# divergence -----------------------------------------------------------------------------
+
+
+def test_a_rate_far_too_high_is_halved_and_never_harms() -> None:
+    result = run(settings=replace(SHORT, rate=1e4, retries=3))
+    assert result.kept == "start"
+    assert same(result.module, net(1))
+    assert len(result.notes) == 4
+    assert "it went back to step 0 and on at a rate of 5e+03" in result.notes[0]
+    assert "diverged again after step" in result.notes[-1]
+
+
+class Stumbling(nn.Module):
+    """Returns NaN on its n-th call with gradients."""
+
+    def __init__(self, inner: nn.Module, at: int) -> None:
+        super().__init__()
+        self.inner, self.left = inner, at
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.left -= torch.is_grad_enabled()
+        return self.inner(x) * (math.nan if self.left == 0 else 1.0)
+
+
+def test_one_nan_costs_a_halving_and_the_steps_since_the_last_check() -> None:
+    result = run(Stumbling(net(1), 15))
+    assert result.kept == "refined"
+    assert result.steps == 30
+    assert result.notes == (
+        "training diverged after step 14 (the loss became nan): it went back to step 12 and on at a rate of 0.0015",
+    )
+    assert [check.step for check in result.history] == [0, 6, 12, 18, 24, 30]
+
+
+# the clock -----------------------------------------------------------------------------
+
+
+def test_minutes_are_kept() -> None:
+    told: list[tuple[str, int, int]] = []
+    result = run(settings=replace(SHORT, steps=None, minutes=0.02), progress=lambda *said: told.append(said))
+    assert 1.2 <= result.seconds < 2.4
+    assert result.steps == len(told)
+    assert len(result.history) == 6
+    assert told[-1][1:] == (2, 2)
+    assert "held-out agreement" in told[-1][0]
+    assert told[-1][0].endswith("0:00 left")
+
+
+def test_minutes_below_one_step() -> None:
+    with pytest.raises(
+        InputError, match=r"minutes = 1e-06 is less than one step takes here \(0\.\d+ s with batches of 16\)"
+    ):
+        run(settings=replace(SHORT, steps=None, minutes=1e-6))
+
+
+# bad input -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": 10, "minutes": 1.0}, r"steps = 10 and minutes = 1 are both given"),
+        ({"steps": 0}, r"steps = 0: at least one step is needed; to refine nothing, leave the stage out"),
+        ({"minutes": 0.0}, r"minutes = 0: must be above 0"),
+        ({"minutes": math.nan}, r"minutes = nan: must be above 0"),
+        ({"batch": 0}, r"batch = 0: must be at least 1"),
+        ({"rate": 0.0}, r"rate = 0: must be above 0"),
+        ({"temperature": -1.0}, r"temperature = -1: must be above 0"),
+        ({"logit_weight": -0.1}, r"logit_weight = -0\.1: must not be negative"),
+        ({"warmup": 1.0}, r"warmup = 1: must be at least 0 and below 1"),
+        ({"holdout": 0.0}, r"holdout = 0: .* nothing else says when to stop"),
+        ({"patience": 0}, r"patience = 0: must be at least 1 check"),
+    ],
+)
+def test_settings_out_of_range(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        RefineSettings(**change)
+
+
+def test_no_or_too_few_images() -> None:
+    for count in (0, 20):
+        with pytest.raises(
+            InputError,
+            match=rf"refining got {count} proxy images and needs at least 32: 16 or more are held out",
+        ):
+            run(images=proxies(count) if count else torch.zeros(0, 3, 12, 12, dtype=torch.uint8))
+
+
+def test_images_that_are_not_pixels() -> None:
+    with pytest.raises(
+        InputError,
+        match=r"images are torch\.float32 \(96, 3, 12, 12\): uint8 of shape \(N, C, H, W\) is needed",
+    ):
+        run(images=proxies().float())
+
+
+def test_heads_that_do_not_fit() -> None:
+    with pytest.raises(
+        InputError, match=r"parent A returns 4 outputs and parent B 3: a shared head needs the same labels"
+    ):
+        run(b=net(2, 3))
+    with pytest.raises(
+        InputError, match=r"returns 4 outputs per image and its parents' heads have 8: `heads` must"
+    ):
+        run(heads="separate")
+
+
+def poisoned(module: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        next(module.parameters())[0] = math.nan
+    return module
+
+
+def test_nan_in_a_parent_or_in_the_start() -> None:
+    with pytest.raises(NonFinite, match=r"parent B returns NaN or infinity on proxy images"):
+        run(b=poisoned(net(2)))
+    with pytest.raises(
+        NonFinite, match=r"the merged network returns NaN or infinity on proxy images before any refining"
+    ):
+        run(poisoned(net(3)))
+
+
+class Unit(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.normalize(x, dim=1)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            lambda module: nn.Sequential(module, nn.Softmax(1)),
+            r"parent A returns numbers that sum to 1 \(probabilities\)",
+        ),
+        (
+            lambda module: nn.Sequential(module, Unit()),
+            r"parent A returns vectors of one length \(an embedding\)",
+        ),
+        (None, r"parent A returns one number per image"),
+    ],
+)
+def test_outputs_that_are_no_logits_are_said_and_fitted_as_they_are(
+    change: Callable[[nn.Module], nn.Module] | None, said: str
+) -> None:
+    a, b = (net(seed, 1) if change is None else change(net(seed)) for seed in (1, 2))
+    result = run(a, replace(SHORT, steps=100), a, b)
+    (note,) = result.notes
+    assert re.search(said, note)
+    assert "by squared error, without softmax and temperature" in note
+    assert result.kept == "refined"
+    assert result.refined.agreement["shared"] > result.start.agreement["shared"]
+
+
+# loss and batches -----------------------------------------------------------------------------
+
+
+def by_hand(output: Tensor, target: Tensor, temperature: float) -> float:
+    """T^2 times the mean Kullback-Leibler divergence, image by image and class by class."""
+    total = 0.0
+    for ours, theirs in zip(output.double().tolist(), target.double().tolist(), strict=True):
+        q, p = ([math.exp(v / temperature) for v in values] for values in (ours, theirs))
+        q, p = [v / sum(q) for v in q], [v / sum(p) for v in p]
+        total += sum(x * math.log(x / y) for x, y in zip(p, q, strict=True))
+    return temperature**2 * total / len(output)
+
+
+def test_loss_is_the_mean_over_heads_of_its_formula() -> None:
+    generator = torch.Generator().manual_seed(0)
+    output, target = torch.randn(9, 5, generator=generator), torch.randn(9, 5, generator=generator)
+    settings = RefineSettings(temperature=2.0, logit_weight=0.3, joint_weight=0.5)
+    heads = [by_hand(output[:, :3], target[:, :3], 2.0), by_hand(output[:, 3:], target[:, 3:], 2.0)]
+    error = float((output - target).square().mean())
+    expected = sum(heads) / 2 + 0.3 * error + 0.5 * by_hand(output, target, 2.0)
+    objective = Objective(heads_of((3, 2), shared=False), "logits", settings)
+    assert float(objective(output, target)) == pytest.approx(expected, rel=1e-5)
+    assert float(objective(target, target)) == pytest.approx(0, abs=1e-6)
+
+
+def test_better_means_closer_than_the_best_and_no_less_in_agreement_than_the_start() -> None:
+    start, best = Evidence(1.0, {"a": 0.5, "b": 0.7}), Evidence(0.8, {"a": 0.9, "b": 0.7})
+    assert Evidence(0.7, {"a": 0.6, "b": 0.6}).better_than(best, start)
+    assert not Evidence(0.7, {"a": 0.5, "b": 0.6}).better_than(best, start)
+    assert not Evidence(0.8, {"a": 0.9, "b": 0.9}).better_than(best, start)
+    assert not Evidence(math.nan, {"a": 0.9, "b": 0.9}).better_than(best, start)
+
+
+def test_every_image_comes_once_before_any_comes_again() -> None:
+    images = torch.arange(10, dtype=torch.uint8)[:, None, None, None]
+    batches = Batches(images, 4, seed=0, augment=None, views=0)
+    seen = torch.cat([batches(batches.number(step)) for step in range(5)]).flatten().tolist()
+    assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
+    assert seen[:10] != seen[10:]
+
+
+def test_limited_views_come_round_in_new_orders_and_are_the_same_batches() -> None:
+    batches = Batches(proxies(), 16, seed=3, augment=shift_and_flip, views=7)
+    laps = [[batches.number(step) for step in range(lap * 7, lap * 7 + 7)] for lap in range(3)]
+    assert all(sorted(lap) == list(range(7)) for lap in laps)
+    assert laps[0] != laps[1]
+    fresh = Batches(proxies(), 16, seed=3, augment=shift_and_flip, views=7)
+    assert torch.equal(batches(4), fresh(4))
+    assert not torch.equal(batches(4), batches(5))
+
+
+def test_parents_answer_each_view_once() -> None:
+    class Counting(nn.Module):
+        calls = 0
+
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Tensor) -> Tensor:
+            Counting.calls += 1
+            return self.inner(x)
+
+    run(net(1), replace(SHORT, views=4), a=Counting(net(1)))
+    assert Counting.calls == 1 + 4  # the held-out images, and every view
+
+
+def test_shift_and_flip_by_loops() -> None:
+    images = proxies(6)
+    moved = shift_and_flip(images, torch.Generator().manual_seed(0), shift=0.25)
+    assert moved.dtype == torch.uint8
+    for image, result in zip(images, moved, strict=True):
+        padded = F.pad(image.float()[None], (3, 3, 3, 3), mode="reflect")[0].to(torch.uint8)
+        windows = [padded[:, y : y + 12, x : x + 12] for y in range(7) for x in range(7)]
+        assert any(torch.equal(result, window) or torch.equal(result, window.flip(2)) for window in windows)
+
+
+def test_split_is_a_partition() -> None:
+    train, held = split_off(50, 0.2, seed=1)
+    assert len(held) == 10
+    assert sorted([*train.tolist(), *held.tolist()]) == list(range(50))
+    assert not torch.equal(held, split_off(50, 0.2, seed=2)[1])
