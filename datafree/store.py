@@ -1,9 +1,9 @@
 """Finished stages on disk, found again by what they mean.
 
 A stage's key is the hash of everything that decides its numbers: the part of the resolved recipe it reads,
-the fingerprints of its inputs and this file's schema version. A stage is written to a temporary name and
-moved into place, so a file under its final name is always whole; its content is hashed again on reading, so
-damage never goes unnoticed.
+the fingerprints of its inputs, our own code and this file's schema version. A stage is written to a
+temporary name and moved into place, so a file under its final name is always whole; its content is hashed
+again on reading, so damage never goes unnoticed.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +53,22 @@ def cache_folder() -> Path:
 
 def stage_key(stage: str, inputs: Mapping[str, Any]) -> str:
     """The name under which a stage with these JSON-able inputs is kept: 64 hexadecimal digits."""
-    content = json.dumps({"schema": SCHEMA, "stage": stage, "inputs": inputs}, sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()
+    meaning = {"schema": SCHEMA, "code": code_fingerprint(), "stage": stage, "inputs": inputs}
+    return hashlib.sha256(json.dumps(meaning, sort_keys=True).encode()).hexdigest()
+
+
+@cache
+def code_fingerprint() -> str:
+    """SHA-256 of our own source files: a stage computed by other code is another stage."""
+    digest = hashlib.sha256()
+    for package in ("datafree", "pleas"):
+        spec = find_spec(package)
+        assert spec is not None
+        assert spec.origin is not None
+        root = Path(spec.origin).parent
+        for path in sorted(root.rglob("*.py")):
+            digest.update(f"{package}/{path.relative_to(root)}\x00".encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -59,8 +59,8 @@ def load_parents(work: Work, *, probe: bool = False) -> Parents:
         a, b = parents
         with recipe.at("parents"):
             pleas.check_parents(a.module, b.module, work.settings)
-            _check_labels(recipe, a, b)
             merged_input, notes = _merged_input(a, b)
+        _check_labels(recipe, a, b)
     said = [f"parent {parent.name}: {note}" for parent in parents for note in parent.notes]
     return Parents(a, b, merged_input, (*said, *notes))
 
