@@ -123,7 +123,7 @@ def read_headers(paths: Sequence[Path]) -> tuple[list[Header | None], dict[Path,
     for path in paths:
         try:
             with Image.open(path) as image:
-                turned = image.getexif().get(0x0112) in _TURNED
+                turned = _has_exif(image) and image.getexif().get(0x0112) in _TURNED
                 height, width = (image.width, image.height) if turned else (image.height, image.width)
                 headers.append(Header((height, width), image.mode in _GREY_MODES))
         except UNREADABLE as error:
@@ -173,6 +173,11 @@ def judge_broken(broken: dict[Path, str], total: int, folder: Path) -> str | Non
 
 def _is_image(path: Path) -> bool:
     return path.suffix.lower() in ENDINGS and path.is_file() and not path.name.startswith(".")
+
+
+def _has_exif(image: Image.Image) -> bool:
+    """Whether EXIF stands in the header; asking a PNG without any for them would decode the whole file."""
+    return image.format == "TIFF" or not {"exif", "Raw profile type exif"}.isdisjoint(image.info)
 
 
 def _reason(error: BaseException) -> str:

@@ -98,7 +98,7 @@ def _timm(name: str, arguments: Mapping[str, Any], base: Path, pretrained: bool)
     module = _call(
         timm.create_model, f"timm:{name}", {"model_name": name, "pretrained": pretrained, **arguments}
     )
-    return Blueprint(module, _timm_preprocess(module), "timm's pretrained_cfg", trained=pretrained)
+    return Blueprint(module, _timm_preprocess(module, arguments), "timm's pretrained_cfg", trained=pretrained)
 
 
 @register("torchvision")
@@ -207,17 +207,20 @@ def _from_timm_folder(folder: Path, rest: str, arguments: Mapping[str, Any]) -> 
     labels = module.pretrained_cfg.get("label_names")
     classes = tuple(labels) if isinstance(labels, list | tuple) else None
     return Blueprint(
-        module, _timm_preprocess(module), f"{folder / 'config.json'}", weights=files[0], classes=classes
+        module,
+        _timm_preprocess(module, arguments),
+        f"{folder / 'config.json'}",
+        weights=files[0],
+        classes=classes,
     )
 
 
-def _timm_preprocess(module: Any) -> dict[str, Any]:
+def _timm_preprocess(module: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
     config = module.pretrained_cfg
     found = {key: config.get(key) for key in ("mean", "std", "interpolation")}
     size = config.get("input_size")
     found["size"] = tuple(size[1:]) if size else None
-    channels = getattr(module, "in_chans", None) or (size[0] if size else None)
-    if found["mean"] is not None and channels is not None and len(found["mean"]) != channels:
+    if found["mean"] is not None and arguments.get("in_chans", len(found["mean"])) != len(found["mean"]):
         found["mean"] = found["std"] = None  # in_chans was changed: the published numbers no longer apply
     return {key: value for key, value in found.items() if value is not None}
 
