@@ -215,7 +215,8 @@ def test_one_nan_costs_a_halving_and_the_steps_since_the_last_check() -> None:
     assert result.kept == "refined"
     assert result.steps == 30
     assert result.notes == (
-        "training diverged after step 14 (the loss became nan): it went back to step 12 and on at a rate of 0.0015",
+        "training diverged after step 14 (the loss became nan): it went back to step 12 and on at a rate of "
+        "0.0015",
     )
     assert [check.step for check in result.history] == [0, 6, 12, 18, 24, 30]
 
