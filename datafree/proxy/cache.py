@@ -86,7 +86,7 @@ class ShardFolder:
         make: Callable[[int], Shard],
         progress: Callable[[int], None],
     ) -> tuple[list[ShardFile], list[str]]:
-        """The shards that hold the first `count` images, the missing ones made now; a note per shard replaced.
+        """The shards that hold the first `count` images, the missing ones made now; a note per one replaced.
 
         progress: called after each with the number of shards that are ready
         Raises RunError when the disk is full.

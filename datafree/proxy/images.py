@@ -46,7 +46,9 @@ class _Images:
         self._readable: list[int] = []  # of the order, as far as it has been tried
         self._broken: list[str] = []
         self.limit: int | None = len(images)
-        converted = channel_note(images.shape[0], request.channels)
+        stored = images.images
+        channels = stored.channels if isinstance(stored, FileImages) else stored.shape[1]
+        converted = channel_note(channels, request.channels)
         self.notes: Sequence[str] = images.notes if converted is None else (*images.notes, converted)
 
     def key(self) -> Mapping[str, Any]:

@@ -224,7 +224,7 @@ def _untouched(layer: _BatchNorm) -> bool:
 
 @contextmanager
 def _listening(layers: Sequence[_BatchNorm]) -> Iterator[list[Tensor]]:
-    """Collects each layer's share of L_BN from its input while the network runs; hooks are gone afterwards."""
+    """Collects each layer's term of L_BN from its input while the network runs."""
     terms: list[Tensor] = []
 
     def listen(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -267,7 +267,9 @@ class _StatisticsLoss(torch.autograd.Function):
     def forward(ctx: Any, value: Tensor, mean: Tensor, variance: Tensor, eps: float) -> Tensor:
         channels = value.shape[1]
         count = value.numel() // channels
-        flat = value.float().reshape(len(value), channels, -1)
+        flat = value.reshape(len(value), channels, -1)
+        if flat.dtype in (torch.float16, torch.bfloat16):
+            flat = flat.float()
         found = flat.sum(2).sum(0) / count
         square = torch.linalg.vector_norm(flat, dim=2).square().sum(0) / count
         spread = (square - found.square()).clamp_min(0) + eps

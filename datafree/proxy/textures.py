@@ -207,18 +207,17 @@ def _attractors(n: int, height: int, width: int, generator: Generator) -> Tensor
     weight = ((first * second).clamp_min(0.02) * used).cumsum(1)
     weight = weight / weight[:, -1:]
 
-    chains, steps, settle = 1024, 40, 8
-    chains = max(chains, height * width // 24)
-    point = torch.zeros(n, chains, 2)
-    counts = torch.zeros(n * height * width, dtype=torch.int64)
+    steps, settle = 40, 8
+    chains = max(256, 6 * height * width // (steps - settle))  # some six points a pixel
+    table = torch.cat([matrix.flatten(2), offset], 2).transpose(1, 2)  # (n, 6, maps): a b c d e f
+    x = y = torch.zeros(n, chains)
     seen: list[Tensor] = []
     for _ in range(steps):
         choice = torch.searchsorted(weight, torch.rand(n, chains, generator=generator)).clamp_max(3)
-        picked = choice.unsqueeze(-1)
-        chosen = torch.gather(matrix.flatten(2), 1, picked.expand(-1, -1, 4)).view(n, chains, 2, 2)
-        point = (chosen @ point.unsqueeze(-1)).squeeze(-1) + torch.gather(offset, 1, picked.expand(-1, -1, 2))
-        seen.append(point)
-    cloud = torch.stack(seen[settle:], 1).reshape(n, -1, 2)
+        a, b, c, d, e, f = torch.gather(table, 2, choice.unsqueeze(1).expand(-1, 6, -1)).unbind(1)
+        x, y = a * x + b * y + e, c * x + d * y + f
+        seen.append(torch.stack([x, y], -1))
+    cloud = torch.cat(seen[settle:], 1)
     centre = cloud.mean(1, keepdim=True)
     extent = (cloud - centre).abs().flatten(1).quantile(0.95, dim=1).clamp_min(1e-3).view(n, 1, 1)
     zoom = uniform(generator, 0.25, 0.75, n, 1, 1)
@@ -227,7 +226,7 @@ def _attractors(n: int, height: int, width: int, generator: Generator) -> Tensor
     column = ((place[..., 0] + 1) / 2 * width).floor().long()
     inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
     flat = (torch.arange(n).view(n, 1) * height + row) * width + column
-    counts += torch.bincount(flat[inside], minlength=len(counts))
+    counts = torch.bincount(flat[inside], minlength=n * height * width)
     density = counts.view(n, 1, height, width).float()
     kernel = torch.tensor([1.0, 2.0, 1.0])
     kernel = (kernel.view(3, 1) * kernel / 16).view(1, 1, 3, 3)

@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from datafree.errors import RunError, UsageError
+from datafree.models import Parent
+from datafree.proxy import InversionSpec, ProxySet, Request
+from datafree.proxy.inversion import _StatisticsLoss, _Target, schedule, total_variation
+
+Build = Callable[..., ProxySet]
+MakeParent = Callable[..., Parent]
+
+
+def bn_loss_by_definition(parent: Parent, images: torch.Tensor) -> float:
+    """L_BN from uint8 images, layer by layer, as the module's docstring writes it."""
+    value = (images.double() / 255 - 0.5) / 0.25
+    terms = []
+    for layer in parent.module.double():  # pyright: ignore[reportGeneralTypeIssues]
+        if isinstance(layer, nn.BatchNorm2d):
+            assert layer.running_mean is not None
+            assert layer.running_var is not None
+            mean, variance = value.mean((0, 2, 3)), value.var((0, 2, 3), correction=0)
+            target = layer.running_var + layer.eps
+            offset = (mean - layer.running_mean).square() / target
+            terms.append((offset + torch.log((variance + layer.eps) / target).square()).mean())
+        value = layer(value)
+    parent.module.float()
+    return float(torch.stack(terms).mean())
+
+
+def test_the_reported_loss_is_the_definition(build: Build, parent: MakeParent) -> None:
+    pair = (parent("a", 1), parent("b", 2))
+    proxies = build(64, {"kind": "inversion", "steps": 3}, parents=pair)
+    images = proxies.batch(range(64))
+    for number, one in enumerate(pair):
+        told = proxies.manifest[0].facts["bn_loss"][one.name]
+        assert told == pytest.approx(bn_loss_by_definition(one, images[number::2]), rel=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(5, 3, 4, 6), (7, 3, 9), (16, 3)])
+def test_the_written_gradient_is_the_true_one(shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    value = torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+    mean = torch.randn(3, generator=generator, dtype=torch.float64)
+    variance = torch.rand(3, generator=generator, dtype=torch.float64) + 0.1
+
+    def loss(value: torch.Tensor) -> torch.Tensor:
+        term = _StatisticsLoss.apply(value, mean, variance, 1e-5)
+        assert isinstance(term, torch.Tensor)
+        return term
+
+    assert torch.autograd.gradcheck(loss, [value])
+
+
+def test_more_steps_fit_the_statistics_better(build: Build) -> None:
+    losses = [
+        sum(build(64, {"kind": "inversion", "steps": steps}).manifest[0].facts["bn_loss"].values())
+        for steps in (1, 10, 40)
+    ]
+    assert losses[2] < 0.5 * losses[1] < 0.5 * losses[0]
+
+
+def test_split_deals_a_shard_to_the_parents_in_turn(build: Build, parent: MakeParent) -> None:
+    """With b exchanged, a's images stay as they are: each half depends on its own parent only."""
+    a = parent("a", 1)
+    one = build(64, {"kind": "inversion", "steps": 3}, parents=(a, parent("b", 2))).batch(range(64))
+    two = build(64, {"kind": "inversion", "steps": 3}, parents=(a, parent("b", 3))).batch(range(64))
+    assert torch.equal(one[0::2], two[0::2])
+    assert not torch.equal(one[1::2], two[1::2])
+
+
+def test_joint_serves_both_parents_at_once(build: Build, parents: tuple[Parent, Parent]) -> None:
+    joint = build(64, {"kind": "inversion", "steps": 40, "mode": "joint"})
+    start = build(64, {"kind": "inversion", "steps": 1, "mode": "joint"})
+    for one in parents:
+        loss = bn_loss_by_definition(one, joint.batch(range(64)))
+        assert joint.manifest[0].facts["bn_loss"][one.name] == pytest.approx(loss, rel=1e-4)
+        assert loss < 0.5 * start.manifest[0].facts["bn_loss"][one.name]
+
+
+def test_a_shard_depends_on_nothing_outside_it(parents: tuple[Parent, Parent], tmp_path: Path) -> None:
+    request = Request(parents, (16, 16), 3, 0, tmp_path, torch.device("cpu"))
+    source = InversionSpec(steps=2).bind(request)
+    third = source.shard(2).images
+    source.shard(0)
+    assert torch.equal(source.shard(2).images, third)
+    assert torch.equal(InversionSpec(steps=2).bind(request).shard(2).images, third)
+
+
+def test_parents_are_left_as_they_were(build: Build, parents: tuple[Parent, Parent]) -> None:
+    before = [{k: v.clone() for k, v in parent.module.state_dict().items()} for parent in parents]
+    with torch.no_grad():
+        build(64, {"kind": "inversion", "steps": 2})
+    for parent, state in zip(parents, before, strict=True):
+        assert all(torch.equal(value, state[key]) for key, value in parent.module.state_dict().items())
+        assert not any(module._forward_pre_hooks for module in parent.module.modules())
+        assert not any(parameter.requires_grad for parameter in parent.module.parameters())
+        assert not parent.module.training
+
+
+def test_the_images_belong_to_the_parents_weights(build: Build, parent: MakeParent) -> None:
+    build(64, {"kind": "inversion", "steps": 2}, parents=(parent("a", 1), parent("b", 2)))
+    again = build(64, {"kind": "inversion", "steps": 2}, parents=(parent("a", 1), parent("b", 3)))
+    assert again.manifest[0].made == 1
+
+
+def test_a_network_without_batch_norm_is_refused(build: Build, parent: MakeParent) -> None:
+    with pytest.raises(UsageError) as error:
+        build(64, {"kind": "inversion"}, parents=(parent("a"), parent("b", norm=False)))
+    assert str(error.value) == (
+        "parent b (tests:small) cannot be inverted: it has no batch-norm layer with running statistics. Use "
+        "another source: public images (kind: images), diffusion samples (kind: diffusion), or procedural "
+        "images"
+    )
+
+
+def test_a_network_that_was_never_trained_is_refused(build: Build, parent: MakeParent) -> None:
+    with pytest.raises(UsageError, match="all its 2 batch-norm layers still have mean 0 and variance 1"):
+        build(64, {"kind": "inversion"}, parents=(parent("a"), parent("b", trained=False)))
+
+
+def test_single_untrained_layers_are_left_out_and_said(build: Build, parent: MakeParent) -> None:
+    a = parent("a", 1)
+    assert isinstance(a.module, nn.Sequential)
+    layer = a.module[1]
+    assert isinstance(layer, nn.BatchNorm2d)
+    layer.reset_running_stats()
+    proxies = build(64, {"kind": "inversion", "steps": 2}, parents=(a, parent("b", 2)))
+    assert proxies.notes == (
+        "parent a: 1 of 2 batch-norm layers were never trained (mean 0, variance 1) and are left out of the "
+        "inversion: 1",
+    )
+
+
+def test_a_loss_that_is_not_finite(build: Build, parent: MakeParent) -> None:
+    a = parent("a", 1)
+    assert isinstance(a.module, nn.Sequential)
+    layer = a.module[0]
+    assert isinstance(layer, nn.Conv2d)
+    with torch.no_grad():
+        layer.weight[0, 0, 0, 0] = float("nan")
+    with pytest.raises(RunError, match="inversion of a met a loss that is not finite at step 1: lower"):
+        build(64, {"kind": "inversion", "steps": 2}, parents=(a, parent("b", 2)))
+
+
+@pytest.fixture
+def target(parents: tuple[Parent, Parent], tmp_path: Path) -> _Target:
+    return _Target.of(parents[0], Request(parents, (16, 16), 3, 0, tmp_path, torch.device("cpu")))
+
+
+def test_pixels_meet_the_parents_own_normalisation(target: _Target) -> None:
+    images = torch.randint(0, 256, (4, 3, 16, 16), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    assert torch.equal(target.pixels_in(images.float() / 255), target.parent.preprocess(images))
+
+
+def test_the_rate_warms_up_and_falls_to_nothing() -> None:
+    rates = [schedule(step, 60) for step in range(60)]
+    assert rates[:6] == pytest.approx([1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 1])
+    assert all(later <= earlier for earlier, later in itertools.pairwise(rates[5:]))
+    assert rates[-1] < 0.01
+    assert schedule(0, 1) == 1
+
+
+def test_total_variation_counts_neighbours() -> None:
+    step = torch.zeros(1, 1, 2, 2)
+    step[..., 1] = 1
+    assert float(total_variation(step)) == 1.0
+    assert float(total_variation(torch.ones(1, 1, 3, 3))) == 0.0
