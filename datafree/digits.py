@@ -11,6 +11,7 @@ the cache under a hash of its settings. The images are put aside after that: a m
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from datafree.errors import UsageError
 from datafree.images import DigitsSpec, ImageSpec, load_images
 from datafree.preprocess import Preprocess
 from datafree.seeds import derive_seed
-from datafree.store import DamagedStage, Store, cache_folder, stage_key
+from datafree.store import DamagedStage, Store, cache_folder, content_hash
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
 
@@ -93,9 +94,9 @@ class Expert:
     weight_decay: float = 5e-4
 
     def key(self) -> str:
-        """Hash of everything the weights depend on."""
+        """Hash of the settings and VERSION: other changes of our code leave the experts as they are."""
         settings = {**asdict(self), "version": VERSION, "preprocess": PREPROCESS.to_dict(), "shift": SHIFT}
-        return stage_key(STAGE, settings)
+        return content_hash({}, json.dumps(settings, sort_keys=True))
 
     def path(self) -> Path:
         """Where the cached weights lie, whether or not they are there yet."""
