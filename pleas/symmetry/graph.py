@@ -220,5 +220,3 @@ def _keeps_everything(node: fx.Node) -> bool:
     size = source.meta["val"].shape[dim]  # type: ignore[union-attr]
     whole = end is None or end == torch.iinfo(torch.int64).max or (isinstance(size, int) and end == size)
     return start in (None, 0) and whole and step == 1
-
-

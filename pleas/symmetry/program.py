@@ -128,5 +128,3 @@ def _resolve(
     if node.kwargs.get("device") is not None:  # export writes down its own device; follow the inputs instead
         kwargs = [{**k, "device": batch.device} for k, batch in zip(kwargs, inputs, strict=True)]
     return args, kwargs
-
-

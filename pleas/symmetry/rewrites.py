@@ -33,21 +33,20 @@ def pad_to_conv(program: Program) -> Program:
         source, stride = _before_strided_slices(node.args[0])
         before, after = node.args[1][4:6]
         width = source.meta["val"].shape[1]
-        name = _free_name(_module_path(node), taken)
+        name = _free_name(module_path(node), taken)
         taken.add(name)
         value = torch.zeros(before + width + after, width, 1, 1, dtype=source.meta["val"].dtype)
         value[before : before + width, :, 0, 0] = torch.eye(width)
         added[name] = value
-        with graph.inserting_before(next(iter(graph.nodes))):
-            weight = graph.create_node("get_attr", name)
-        weight.meta["val"] = _fake_like(node.meta["val"], value)
         with graph.inserting_before(node):
+            weight = graph.create_node("get_attr", name)
+            weight.meta["val"] = _fake_like(node.meta["val"], value)
             arguments = (source, weight, None, stride, [0, 0], [1, 1], False, [0, 0], 1)
             conv = graph.call_function(aten.convolution.default, arguments)
         conv.meta = dict(node.meta)
         node.replace_all_uses_with(conv)
         _erase_unread(graph, node)
-        where = _module_path(node) or "the forward of the model"
+        where = module_path(node) or "the forward of the model"
         notes.append(
             f"pad_to_conv: the zero-padded channels in {where} became a 1x1 convolution with weight {name} "
             f"{tuple(value.shape)}, stride {tuple(stride)}."
@@ -80,7 +79,7 @@ def _before_strided_slices(node: Any) -> tuple[fx.Node, list[int]]:
     return node, stride
 
 
-def _module_path(node: fx.Node) -> str:
+def module_path(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack") or {}
     return list(stack.values())[-1][0] if stack else ""
 

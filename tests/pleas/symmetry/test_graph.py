@@ -218,7 +218,8 @@ def test_what_cannot_be_exported_is_refused_in_one_sentence() -> None:
     ):
         export_program(TwoInputs(), images)
     with pytest.raises(
-        UnsupportedModel, match=r"forward of Mixes must return one row per image, but .* \(4, .*\) for a batch of s?\d+"
+        UnsupportedModel,
+        match=r"forward of Mixes must return one row per image, but .* \(4, .*\) for a batch of s?\d+",
     ):
         export_program(Mixes(), images)
     with pytest.raises(UnsupportedModel, match="unknown rewrite 'pad'; known rewrites: pad_to_conv"):
@@ -248,7 +249,5 @@ def test_values_are_freed_after_their_last_use() -> None:
 
 def test_another_architecture_is_named() -> None:
     program = export_program(CASES["residual"].model(), CASES["residual"].example())
-    with pytest.raises(
-        UnsupportedModel, match=r"has no tensor named '0.0.weight' \(\d+ missing in all\)"
-    ):
+    with pytest.raises(UnsupportedModel, match=r"has no tensor named '0.0.weight' \(\d+ missing in all\)"):
         state_of(program, CASES["plain"].model())

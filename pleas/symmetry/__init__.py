@@ -1,0 +1,71 @@
+"""Permutation symmetry, computed from the exported graph: which units may be exchanged, and where they stand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from pleas.errors import UnlistedOp
+from pleas.symmetry.apply import (
+    Permutation,
+    UnitPermutation,
+    check_gate,
+    identity,
+    permute_state,
+    position_maps,
+    random,
+)
+from pleas.symmetry.graph import Program, execute, export_program, logits_of, state_of
+from pleas.symmetry.groups import Axis, DimUnits, Symmetry, UnitClass, Unlisted, coupled
+from pleas.symmetry.rules import supported_ops
+from pleas.symmetry.table import build
+
+__all__ = [
+    "Axis",
+    "DimUnits",
+    "Permutation",
+    "Program",
+    "Symmetry",
+    "UnitClass",
+    "UnitPermutation",
+    "Unlisted",
+    "check_gate",
+    "coupled",
+    "execute",
+    "export_program",
+    "identity",
+    "logits_of",
+    "permute_state",
+    "position_maps",
+    "random",
+    "state_of",
+    "supported_ops",
+    "trace",
+]
+
+
+def trace(
+    model: nn.Module,
+    example: Tensor,
+    *,
+    strict: bool = False,
+    rewrites: Sequence[str] = ("pad_to_conv",),
+    gate: bool = True,
+) -> Symmetry:
+    """The permutation symmetry of `model`, derived on an image batch `example` (N, C, H, W).
+
+    Ops without a symmetry rule pin the units they read, which is sound and listed in `Symmetry.unlisted`; with
+    strict=True they raise UnlistedOp instead. With gate=True one random permutation of all classes is applied to a
+    float64 copy; GateFailed if the output changes by more than 1e-9.
+    """
+    program = export_program(model, example, rewrites)
+    symmetry = build(program, model)
+    if strict and symmetry.unlisted:
+        ops = "; ".join(str(op) for op in symmetry.unlisted)
+        raise UnlistedOp(
+            f"{type(model).__name__} uses ops without a symmetry rule: {ops}. Add a rule (docs/add_an_op.md), or trace "
+            "without strict=True: the parameters above are then merged in place, unpermuted."
+        )
+    return replace(symmetry, gate_error=check_gate(symmetry, model, example)) if gate else symmetry
