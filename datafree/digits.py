@@ -29,10 +29,11 @@ from datafree.store import DamagedStage, Store, cache_folder, content_hash
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
 
-PREPROCESS = Preprocess(size=(16, 16), mean=(0.5,), std=(0.4,))
+PREPROCESS = Preprocess(size=(8, 8), mean=(0.5,), std=(0.4,))
 STAGE = "digits"  # the experts' folder in the cache
-SHIFT = 2  # pixels at 16 x 16, the augmentation
-VERSION = 1  # raised whenever the code below would train other weights from the same settings
+SHIFT = 1  # pixels, the augmentation
+PARTS = 4  # a side of a shuffled image is cut into so many
+VERSION = 2  # raised whenever the code below would train other weights from the same settings
 
 
 class Block(nn.Module):
@@ -56,7 +57,7 @@ class Block(nn.Module):
 
 
 class DigitsResNet(nn.Module):
-    """Grey 16 x 16 images -> class scores: a stem and a residual block per width, the later ones halving."""
+    """Grey images -> class scores: a stem and a residual block per width, the later ones halving."""
 
     def __init__(self, num_classes: int, widths: tuple[int, ...]) -> None:
         super().__init__()
@@ -75,7 +76,7 @@ class DigitsResNet(nn.Module):
         return self.linear(x.mean((2, 3)))
 
 
-def digits_resnet(num_classes: int = 10, widths: tuple[int, ...] = (16, 32, 64)) -> DigitsResNet:
+def digits_resnet(num_classes: int = 10, widths: tuple[int, ...] = (24, 48, 96)) -> DigitsResNet:
     """What `python:datafree.digits:digits_resnet` builds, with random weights."""
     return DigitsResNet(num_classes, tuple(widths))
 
@@ -88,14 +89,16 @@ class Expert:
     domain: Literal["upright", "rotated"]
     digits: tuple[int, ...]
     seed: int
-    epochs: int = 20
+    epochs: int = 12
     batch: int = 50
+    undecided: int = 12  # images of each kind that is no digit, beside every batch
+    smoothing: float = 0.1
     learning_rate: float = 0.02
-    weight_decay: float = 5e-4
+    weight_decay: float = 5e-3
 
     def key(self) -> str:
         """Hash of the settings and VERSION: other changes of our code leave the experts as they are."""
-        settings = {**asdict(self), "version": VERSION, "preprocess": PREPROCESS.to_dict(), "shift": SHIFT}
+        settings = {**asdict(self), "version": VERSION, "preprocess": PREPROCESS.to_dict()}
         return content_hash({}, json.dumps(settings, sort_keys=True))
 
     def path(self) -> Path:
@@ -192,7 +195,14 @@ def _fit(
         order = torch.randperm(len(pixels))
         for step in range(steps):
             chosen = order[step * expert.batch : (step + 1) * expert.batch]
-            loss = functional.cross_entropy(model(_shifted(pixels[chosen])), targets[chosen])
+            digits = _shifted(pixels[chosen])
+            others = torch.cat([_noise(expert.undecided), _shuffled(digits[: expert.undecided])])
+            logits = model(torch.cat([digits, others]))
+            sure = functional.cross_entropy(
+                logits[: len(digits)], targets[chosen], label_smoothing=expert.smoothing, reduction="sum"
+            )
+            unsure = -functional.log_softmax(logits[len(digits) :], 1).mean(1).sum()
+            loss = (sure + unsure) / len(logits)
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             optimiser.step()
@@ -208,3 +218,24 @@ def _shifted(batch: Tensor) -> Tensor:
     rows = torch.randint(2 * SHIFT + 1, (count, 1, 1)) + torch.arange(height).view(1, -1, 1)
     columns = torch.randint(2 * SHIFT + 1, (count, 1, 1)) + torch.arange(width).view(1, 1, -1)
     return padded[torch.arange(count).view(-1, 1, 1), 0, rows, columns].unsqueeze(1)
+
+
+def _noise(count: int) -> Tensor:
+    """Smooth random shades with some grain, (count, 1, *size), normalised as pixels are."""
+    height, width = PREPROCESS.size
+    coarse = 1.2 * torch.randn(count, 1, height // PARTS, width // PARTS)
+    shades = functional.interpolate(coarse, (height, width), mode="bilinear") + 0.3 * torch.randn(
+        count, 1, height, width
+    )
+    black, white = (float((value - PREPROCESS.mean[0]) / PREPROCESS.std[0]) for value in (0, 1))
+    return shades.clamp(black, white)
+
+
+def _shuffled(batch: Tensor) -> Tensor:
+    """Each image cut into PARTS x PARTS pieces that change places."""
+    count, _, height, width = batch.shape
+    rows, columns = height // PARTS, width // PARTS
+    pieces = batch.unfold(2, rows, rows).unfold(3, columns, columns).reshape(count, PARTS**2, rows, columns)
+    order = torch.rand(count, PARTS**2).argsort(1)
+    moved = pieces[torch.arange(count).view(-1, 1), order].view(count, PARTS, PARTS, rows, columns)
+    return moved.permute(0, 1, 3, 2, 4).reshape(count, 1, height, width)

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import pleas
 from datafree import digits
 from datafree.errors import RunError, UsageError
-from datafree.evaluate import TaskSpec, evaluate, load_task, parent_columns
+from datafree.evaluate import TaskSpec, evaluate, load_task, merged_columns, parent_columns
 from datafree.models import Parent, ParentSpec, load_parent
 from datafree.store import CACHE_VARIABLE
 
@@ -23,7 +24,7 @@ def parent(name: str, base: Path, *, probe: bool = False) -> Parent:
         "model": "python:datafree.digits:digits_resnet",
         "arguments": {"num_classes": outputs},
         "weights": f"digits:{name}",
-        "preprocess": {"size": 16, "mean": (0.5,), "std": (0.4,)},
+        "preprocess": {"size": 8, "mean": (0.5,), "std": (0.4,)},
     }
     return load_parent(ParentSpec.model_validate(keys), "a", base, probe=probe)
 
@@ -55,7 +56,7 @@ def test_an_expert_is_trained_once_and_then_cached(quick: Path) -> None:
         "arguments": {"num_classes": 5},
         "weights": "digits:high",
     }
-    spec = ParentSpec.model_validate({**keys, "preprocess": {"size": 16, "mean": (0.5,), "std": (0.4,)}})
+    spec = ParentSpec.model_validate({**keys, "preprocess": {"size": 8, "mean": (0.5,), "std": (0.4,)}})
     first = load_parent(spec, "a", quick, progress=lambda *step: told.append(step))
     assert told == [("training the expert digits:high", 1, 1)]
     assert first.weights is not None
@@ -73,7 +74,7 @@ def test_a_probe_trains_nothing_and_says_so(quick: Path) -> None:
     assert "digits:upright is not trained yet: a merge trains it first" in probed.notes[0]
     assert not list(quick.iterdir())
     state = probed.module.state_dict()
-    assert not torch.equal(state["bn1.running_var"], torch.ones(16))  # as an inversion demands of a parent
+    assert not torch.equal(state["bn1.running_var"], torch.ones(24))  # as an inversion demands of a parent
     assert probed.fingerprint != parent("upright", quick).fingerprint
 
 
@@ -123,3 +124,16 @@ def test_experts_know_their_own_domain_and_not_the_other(tmp_path: Path) -> None
         scores = evaluate(expert.module, tasks, expert.preprocess, parent_columns("shared", "a", 10)).tasks
         assert scores[own].accuracy > 0.95
         assert scores[1 - own].accuracy < 0.6
+
+
+@pytest.mark.slow
+def test_the_ensemble_of_the_experts_knows_both_domains(tmp_path: Path) -> None:
+    tasks = [
+        load_task(
+            TaskSpec.model_validate({"name": domain, "images": {"digits": {"domain": domain}}}), tmp_path
+        )
+        for domain in ("upright", "rotated")
+    ]
+    a, b = parent("upright", tmp_path), parent("rotated", tmp_path)
+    both = evaluate(pleas.Ensemble(a.module, b.module), tasks, a.preprocess, merged_columns("shared", 10, 10))
+    assert min(score.accuracy for score in both.tasks) > 0.9
