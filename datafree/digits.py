@@ -6,6 +6,10 @@ digits.
 
 Each is trained from its own seed on the training split when it is first asked for, and kept as safetensors in
 the cache under a hash of its settings. The images are put aside after that: a merge sees the weights only.
+
+Experts are also taught to be undecided on what is no digit (smooth noise, digits cut up and shuffled).
+Without that each is as sure of itself on the other's images as on its own, so that nobody can tell from the
+two who is right: the ensemble itself falls from 98 to about 70 %.
 """
 
 from __future__ import annotations
