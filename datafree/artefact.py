@@ -20,16 +20,16 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 import pleas
 from datafree.errors import UsageError
+from datafree.evaluate import Labels
 from datafree.folders import new_folder
 from datafree.preprocess import Preprocess
 from datafree.references import ARTEFACT_MARK, build_model
 from datafree.report import model_card
-from datafree.store import content_hash, plain_tensors
+from datafree.store import content_hash, plain_tensors, write_safetensors
 from pleas.module import build_network
 from pleas.symmetry import state_of
 
@@ -89,7 +89,7 @@ class Artefact:
         return Preprocess((height, width), tuple(found["mean"]), tuple(found["std"]), found["interpolation"])
 
     @property
-    def labels(self) -> str:
+    def labels(self) -> Labels:
         """ "shared" for one head, "separate" for one per parent."""
         return "shared" if len(self.heads) == 1 else "separate"
 
@@ -149,20 +149,33 @@ def make_heads(
 
 
 def portable(result: pleas.MergeResult, reference: str | None) -> nn.Module:
-    """The merged module in a form that can be rebuilt anywhere: as it is, or as a graph with the same
-    weights.
+    """The merged module exactly as `load` will rebuild it, in a form that can be rebuilt anywhere.
 
     A module of the parents' own class stays as it is where timm or torchvision can build it again; one that
     came from a Python file or from a library call becomes the graph it was traced to.
     """
-    named = reference is not None and reference.startswith(_NAMED)
-    if named or pleas.program_config(result.module) is not None:
-        return result.module
+    module = result.module
+    config = pleas.program_config(module)
+    if config is None and reference is not None and reference.startswith(_NAMED):
+        return module
+    if config is None:
+        config = pleas.program_config(_as_graph(result))
+        assert config is not None
+        state = state_of(result.symmetry.program, module)
+    else:
+        state = module.state_dict()
+    # Copied into fresh memory: a stride that is free to choose (a dimension of size 1) would otherwise
+    # differ from that of a loaded network, and with it the order of sums.
+    rebuilt = pleas.module_from_config(config)
+    rebuilt.load_state_dict(state)
+    return rebuilt.eval()
+
+
+def _as_graph(result: pleas.MergeResult) -> pleas.MergedNetwork:
     program = result.symmetry.program
     trainable = {*program.parameters, *program.added}
-    tensors = {
-        key: (value.clone(), key in trainable) for key, value in state_of(program, result.module).items()
-    }
+    state = state_of(program, result.module)
+    tensors = {key: (value, key in trainable) for key, value in state.items()}
     return build_network(program.graph, {}, tensors, head_sizes(result), program.notes)
 
 
@@ -195,7 +208,7 @@ def write_model(
         "recipe": description.recipe or "",
         "sha256": content_hash(tensors),
     }
-    save_file(tensors, folder / WEIGHTS, metadata=header)
+    write_safetensors(folder / WEIGHTS, tensors, header)
     (folder / CONFIG).write_text(json.dumps(config, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return config
 

@@ -137,7 +137,14 @@ def _results(
         }
         for one in merged
     }
-    notes = [*parents.notes, *symmetry.program.notes, *proxies.notes, *_dead(merged), *work.progress.notes]
+    notes = [
+        *parents.notes,
+        *symmetry.program.notes,
+        *symmetry.notes,
+        *proxies.notes,
+        *_dead(merged),
+        *work.progress.notes,
+    ]
     return Results(
         name=recipe.name,
         fingerprint=recipe.fingerprint(),

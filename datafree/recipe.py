@@ -174,7 +174,7 @@ class RecipeFile:
 
     def resolved(self, folder: Path) -> str:
         """The recipe with every default filled in, as YAML that can be run again from `folder`."""
-        content = self.recipe.model_dump(mode="json")
+        content = self.recipe.model_dump(mode="json", exclude_none=True)
         content["folder"] = os.path.relpath(self.base, folder)
         return yaml_source.dump({key: content[key] for key in ("name", "folder", *content) if key in content})
 
@@ -254,7 +254,7 @@ def _yaml_nearby(path: Path) -> str:
 def _located(error: pydantic.ValidationError, source: Source) -> list[str]:
     """One line per mistake, in the order of the file."""
     told: dict[Key, list[str]] = {}
-    details = error.errors(include_url=False)
+    details: list[Any] = list(error.errors(include_url=False))
     meant = {_misspelt(detail) for detail in details}
     for detail in details:
         if detail["type"] == "too_short" and detail["input"]:
@@ -291,10 +291,10 @@ def _data_key(loc: tuple[int | str, ...], data: Any, kind: str) -> Key:
     """Pydantic's location without the names of union members, which stand in it but not in the file."""
     key: list[int | str] = []
     for position, part in enumerate(loc):
-        inside = (isinstance(data, dict) and part in data) or (
-            isinstance(data, list) and isinstance(part, int) and part < len(data)
-        )
-        if inside:
+        if isinstance(data, dict) and part in data:
+            key.append(part)
+            data = data[part]
+        elif isinstance(data, list) and isinstance(part, int) and part < len(data):
             key.append(part)
             data = data[part]
         elif kind == "missing" and position == len(loc) - 1:

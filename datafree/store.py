@@ -101,7 +101,7 @@ class Store:
     def write(self, stage: str, key: str, tensors: Mapping[str, Tensor], value: Any = None) -> None:
         """Keep a finished stage. Raises RunError when the cache cannot be written."""
         path = self.path(stage, key)
-        text = json.dumps(value, sort_keys=True)
+        text = json.dumps(value)
         whole = plain_tensors(tensors)
         header = {"key": key, "value": text, "sha256": content_hash(whole, text)}
         try:
@@ -109,7 +109,7 @@ class Store:
             handle, temporary = tempfile.mkstemp(prefix=f".{key[:8]}.", dir=path.parent)
             os.close(handle)
             try:
-                save_file(whole, temporary, metadata=header)
+                write_safetensors(Path(temporary), whole, header)
                 Path(temporary).replace(path)
             finally:
                 Path(temporary).unlink(missing_ok=True)
@@ -138,6 +138,22 @@ def plain_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         taken.add(own.untyped_storage().data_ptr())
         plain[name] = own
     return plain
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """A safetensors file whose bytes depend on its content alone.
+
+    The library writes the metadata's keys in random order; the header is written again, sorted, in its place.
+    """
+    save_file(dict(tensors), path, metadata=dict(metadata))
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        written = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(written) <= size, "the same header in another order is as long"
+        file.seek(8)
+        file.write(written.ljust(size))
 
 
 def content_hash(tensors: Mapping[str, Tensor], text: str = "") -> str:

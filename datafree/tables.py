@@ -28,7 +28,11 @@ def text_table(
         )
         return "  ".join(padded).rstrip()
 
-    lines = [line(columns), "  ".join("-" * width for width in widths)]
+    ends_flush = flush[
+        -1
+    ]  # then nothing stands to its right, and its rule need not be as long as its longest cell
+    rules = [*widths[:-1], len(columns[-1]) if ends_flush else widths[-1]]
+    lines = [line(columns), "  ".join("-" * width for width in rules)]
     lines += [
         click.style(line(row), bold=True) if number in bold else line(row) for number, row in enumerate(rows)
     ]

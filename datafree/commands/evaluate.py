@@ -8,7 +8,7 @@ import click
 
 from datafree.artefact import Artefact, load
 from datafree.errors import UsageError
-from datafree.evaluate import check_tasks, evaluate, load_task, merged_columns
+from datafree.evaluate import Columns, check_tasks, evaluate, load_task, merged_columns
 from datafree.progress import progress_on
 from datafree.recipe import load_recipe
 from datafree.report import json_text
@@ -49,7 +49,7 @@ def run(folder: str, recipe: str, settings: Sequence[str], device: str, as_json:
     click.echo(text_table(["task", "accuracy %", "images", "worst class"], rows))
 
 
-def _columns(artefact: Artefact):
+def _columns(artefact: Artefact) -> Columns:
     sizes = [head.outputs for head in artefact.heads]
     if len(sizes) > 2:
         raise UsageError(f"{artefact.folder} has {len(sizes)} heads; one or two are known here")

@@ -21,9 +21,8 @@ from datafree.report import json_text
 from datafree.stages import begin, load_parents
 from datafree.tables import text_table
 from datafree.yaml_source import parse
-from pleas.symmetry import UnitClass, state_of
 
-AXES = ("out", "in")  # of a weight; further dimensions are numbered
+SHOWN = 6  # tensors listed per reason
 
 
 def run(target: str, arguments: Sequence[str], shape: str | None, strict: bool, as_json: bool) -> None:
@@ -36,8 +35,7 @@ def run(target: str, arguments: Sequence[str], shape: str | None, strict: bool, 
         if path.suffix in (".yaml", ".yml")
         else _from_reference(target, arguments, shape)
     )
-    symmetry = pleas.trace(model, example, strict=strict)
-    facts = describe(symmetry, model)
+    facts = pleas.trace(model, example, strict=strict).describe()
     click.echo(json_text(facts) if as_json else _text(facts), nl=not as_json)
 
 
@@ -80,93 +78,52 @@ def _from_reference(
     return blueprint.module.eval(), torch.zeros(2, *sides)
 
 
-def describe(symmetry: pleas.Symmetry, model: nn.Module) -> dict[str, Any]:
-    """The symmetry as plain data: classes with what they couple, fixed axes by reason, operations "
-    "without a rule."""
-    state = state_of(symmetry.program, model)
-    fixed: dict[str, list[str]] = {}
-    for (tensor, dim), reason in symmetry.fixed.items():
-        fixed.setdefault(reason, []).append(_axis(tensor, dim, state[tensor].dim()))
-    covered = {axis.tensor for unit_class in symmetry.classes for axis in unit_class.axes}
-    parameters = {
-        name: state[name].numel() for name in (*symmetry.program.parameters, *symmetry.program.added)
-    }
-    total = sum(parameters.values())
-    return {
-        "classes": [_class(unit_class, state) for unit_class in symmetry.classes],
-        "fixed": [{"reason": reason, "axes": axes} for reason, axes in fixed.items()],
-        "unlisted": [str(item) for item in symmetry.unlisted],
-        "notes": list(symmetry.program.notes),
-        "gate_error": symmetry.gate_error,
-        "parameters": total,
-        "permutable": sum(count for name, count in parameters.items() if name in covered) / max(1, total),
-    }
-
-
-def _class(unit_class: UnitClass, state: dict[str, torch.Tensor]) -> dict[str, Any]:
-    axes = [(axis.tensor, axis.dim) for axis in unit_class.axes]
-    return {
-        "name": unit_class.name,
-        "kind": unit_class.kind,
-        "units": unit_class.size,
-        "widenable": unit_class.widenable,
-        "reason": unit_class.reason,
-        "couples": _coupled(axes, state),
-        "axes": [{"tensor": tensor, "dim": dim} for tensor, dim in axes],
-        "inner": [child.size for child in unit_class.children[0]] if unit_class.children else [],
-        "parameters": sum(state[name].numel() for name in {tensor for tensor, _ in axes}),
-    }
-
-
-def _coupled(axes: Sequence[tuple[str, int]], state: dict[str, torch.Tensor]) -> list[str]:
-    """`conv1.weight[out]`, `bn1.*`: the vectors of one module are one entry."""
-    vectors: dict[str, list[str]] = {}
-    for tensor, _ in axes:
-        if state[tensor].dim() == 1:
-            vectors.setdefault(tensor.rpartition(".")[0], []).append(tensor)
-    shown: dict[str, None] = {}
-    for tensor, dim in axes:
-        module = tensor.rpartition(".")[0]
-        whole = len(vectors.get(module, ())) > 1 and tensor in vectors[module]
-        shown[f"{module}.*" if whole else _axis(tensor, dim, state[tensor].dim())] = None
-    return list(shown)
-
-
-def _axis(tensor: str, dim: int, dims: int) -> str:
-    if dims <= 1:
-        return tensor
-    return f"{tensor}[{AXES[dim] if dim < len(AXES) else dim}]"
-
-
 def _text(facts: dict[str, Any]) -> str:
-    rows = []
-    for item in facts["classes"]:
-        inner = f" of {' and '.join(map(str, item['inner']))}" if item["inner"] else ""
-        rows.append(
-            [
-                item["name"],
-                item["kind"],
-                f"{item['units']}{inner}",
-                "yes" if item["widenable"] else "no",
-                f"{item['parameters']:,}",
-                " - ".join(item["couples"]) + (f"  ({item['reason']})" if item["reason"] else ""),
-            ]
-        )
-    lines = [
-        text_table(
-            ["class", "kind", "units", "widens", "parameters", "couples"],
-            rows,
-            left=["kind", "widens", "couples"],
-        ),
-        "",
-        f"{facts['parameters']:,} parameters, {100 * facts['permutable']:.2f} % of them in tensors with "
-        "exchangeable units; "
-        f"verified by one random permutation of every class to {facts['gate_error']:.1e}",
+    rows = [
+        [
+            item["name"],
+            item["kind"],
+            f"{item['size']}{_inside(item['children'])}",
+            "yes" if item["widenable"] else "no",
+            item["coupled"] + (f"  ({item['reason']})" if item["reason"] else ""),
+        ]
+        for item in facts["classes"]
     ]
-    if facts["fixed"]:
-        lines += ["", "fixed axes:"]
-        lines += [f"  {item['reason']}: {', '.join(item['axes'])}" for item in facts["fixed"]]
-    if facts["unlisted"]:
-        lines += ["", "operations without a rule (what they touch stays in place):"]
-        lines += [f"  {item}" for item in facts["unlisted"]]
+    fixed = _fixed(facts["fixed"])
+    lines = [
+        text_table(["class", "kind", "units", "widens", "couples"], rows, left=["kind", "widens", "couples"]),
+        "",
+        f"{100 * facts['permutable_share']:.2f} % of the parameters stand on exchangeable units; "
+        "verified by one "
+        f"random permutation of every class: relative error {facts['gate_error']:.1e}",
+    ]
+    lines += ["", "axes that stay in place:"] if fixed else []
+    lines += [f"  {line}" for line in fixed]
+    lines += (
+        ["", "operations without a rule, and the parameters they keep in place:"] if facts["unlisted"] else []
+    )
+    lines += [
+        f"  {item['op']} in {item['module'] or 'the model itself'}: {', '.join(item['parameters']) or 'none'}"
+        for item in facts["unlisted"]
+    ]
     return "\n".join([*lines, *(f"note: {note}" for note in facts["notes"])])
+
+
+def _fixed(items: Sequence[dict[str, Any]]) -> list[str]:
+    """Fixed axes by reason, whatever module the reason names: `convolution fixes its position:
+    conv1.weight[1, 2, 3]`.
+    """
+    by_reason: dict[str, dict[str, list[str]]] = {}
+    for item in items:
+        reason = re.sub(r" in \S+ ", " ", item["reason"])
+        by_reason.setdefault(reason, {}).setdefault(item["tensor"], []).append(str(item["dim"]))
+    lines = []
+    for reason, tensors in by_reason.items():
+        shown = [f"{name}[{', '.join(dims)}]" for name, dims in list(tensors.items())[:SHOWN]]
+        more = f" and {len(tensors) - SHOWN} more tensors (--json lists all)" if len(tensors) > SHOWN else ""
+        lines.append(f"{reason}: {', '.join(shown)}{more}")
+    return lines
+
+
+def _inside(children: Sequence[dict[str, Any]]) -> str:
+    return f" of {' and '.join(str(child['size']) for child in children)}" if children else ""

@@ -56,10 +56,11 @@ def run(recipe: str, settings: Sequence[str], device: str, as_json: bool) -> Non
         }
         for one in merged
     ]
-    click.echo(json_text(shown) if as_json else "\n".join(_text(plan) for plan in shown), nl=not as_json)
+    click.echo(json_text(shown) if as_json else "\n".join(plan_text(plan) for plan in shown), nl=not as_json)
 
 
-def _text(plan: dict[str, Any]) -> str:
+def plan_text(plan: dict[str, Any]) -> str:
+    """One merged network as `plan` shows it."""
     title = click.style(
         f"{plan['point']}: {plan['flops']:,} FLOPs per image ({plan['ratio']:.3f} of one parent), "
         f"{plan['parameters']:,} parameters, predicted error {plan['predicted_error']:.4f}",

@@ -5,8 +5,9 @@ them.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -51,7 +52,7 @@ def check_rows(work: Work, symmetry: pleas.Symmetry, images: int) -> None:
 
 
 def gather_evidence(work: Work, parents: Parents, symmetry: pleas.Symmetry, inputs: Inputs) -> Evidence:
-    """Second moments and matching from one pass over `inputs` (two where the network has grouped layers)."""
+    """Second moments and matching from one pass over `inputs`, two where the network has grouped layers."""
     settings, merge = work.settings, work.recipe.recipe.merge
     meaning = {
         "parents": parents.fingerprint,
@@ -64,44 +65,37 @@ def gather_evidence(work: Work, parents: Parents, symmetry: pleas.Symmetry, inpu
     }
     a, b = parents.a.module, parents.b.module
     moved_a, moved_b = (copy.deepcopy(module).to(work.device) for module in (a, b))
-    with work.progress.stage("statistics"), work.recipe.at("parents"):
-        first = work.finished(
-            "statistics",
-            meaning,
-            lambda: _kept(
-                pleas.collect(symmetry, moved_a, moved_b, inputs, settings, progress=work.progress)
-            ),
+
+    def first_pass() -> pleas.Statistics:
+        return pleas.collect(symmetry, moved_a, moved_b, inputs, settings, progress=work.progress)
+
+    def second_pass() -> pleas.Statistics:
+        both = pleas.collect_grouped(
+            symmetry, statistics, matching, moved_a, moved_b, inputs, settings, progress=work.progress
         )
-        statistics = pleas.Statistics.from_tensors(first.tensors)
+        return replace(both, joint={}, units={})
+
+    with work.progress.stage("statistics"), work.recipe.at("parents"):
+        statistics = _finished(work, "statistics", meaning, first_pass)
     with work.progress.stage("matching"):
         matching = pleas.match(symmetry, statistics, a, b, settings)
-    with work.progress.stage("statistics"):
-        second = work.finished(
-            "grouped",
-            {**meaning, "matching": merge.matching},
-            lambda: _kept(
-                replace(
-                    pleas.collect_grouped(
-                        symmetry,
-                        statistics,
-                        matching,
-                        moved_a,
-                        moved_b,
-                        inputs,
-                        settings,
-                        progress=work.progress,
-                    ),
-                    joint={},
-                    units={},
-                )
-            ),
-        )
-        grouped = pleas.Statistics.from_tensors(second.tensors).grouped
-    return Evidence(replace(statistics, grouped=grouped), matching)
+    if any(layer.groups > 1 for layer in find_layers(symmetry.program)):
+        with work.progress.stage("statistics of groups"), work.recipe.at("parents"):
+            meaning["matching"] = merge.matching
+            grouped = _finished(work, "grouped", meaning, second_pass).grouped
+            statistics = replace(statistics, grouped=grouped)
+    return Evidence(statistics, matching)
 
 
-def _kept(statistics: pleas.Statistics) -> Stage:
-    return Stage({name: tensor.cpu() for name, tensor in statistics.to_tensors().items()}, None)
+def _finished(
+    work: Work, stage: str, meaning: Mapping[str, Any], make: Callable[[], pleas.Statistics]
+) -> pleas.Statistics:
+    """Statistics from the store, or made now and kept there; always on the CPU."""
+
+    def made() -> Stage:
+        return Stage({name: tensor.cpu() for name, tensor in make().to_tensors().items()}, None)
+
+    return pleas.Statistics.from_tensors(work.finished(stage, meaning, made).tensors)
 
 
 def make_plans(

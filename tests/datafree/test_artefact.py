@@ -22,14 +22,12 @@ from tests.cases import CASES, randomise
 INPUT = Preprocess((16, 16), (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 
 
-def _merge(name: str, **choice: float) -> pleas.MergeResult:
+def _merge(name: str, apart: float = 0.5) -> pleas.MergeResult:
     case = CASES[name]
     a, b = case.model(1), case.model(2)
     generator = torch.Generator().manual_seed(0)
     batches = [torch.randn(16, *case.shape[1:], generator=generator) for _ in range(4)]
-    return pleas.merge(
-        a, b, batches, **(choice or {"apart": 0.5}), settings=pleas.MergeSettings(min_rows=0.0)
-    )
+    return pleas.merge(a, b, batches, apart=apart, settings=pleas.MergeSettings(min_rows=0.0))
 
 
 def _images(name: str) -> torch.Tensor:
@@ -90,12 +88,12 @@ def test_the_same_merge_is_the_same_bytes(tmp_path: Path) -> None:
 
 def test_a_published_architecture_comes_back_as_its_own_class(tmp_path: Path) -> None:
     reference, arguments = "torchvision:squeezenet1_1", {"num_classes": 4}
-    parents = [
+    a, b = (
         randomise(build_model(reference, arguments, tmp_path), torch.Generator().manual_seed(seed))
         for seed in (1, 2)
-    ]
+    )
     batches = [torch.randn(4, 3, 64, 64)]
-    result = pleas.merge(*parents, batches, apart=0.0, settings=pleas.MergeSettings(min_rows=0.0))
+    result = pleas.merge(a, b, batches, apart=0.0, settings=pleas.MergeSettings(min_rows=0.0))
     folder = datafree.save(result, tmp_path / "out", reference=reference, arguments=arguments)
     loaded = datafree.load(folder).module
     assert isinstance(loaded, models.SqueezeNet)

@@ -25,13 +25,13 @@ def _invoke(*arguments: str | Path) -> Result:
 def test_help_is_instant_and_lists_the_commands() -> None:
     command = Path(sys.executable).with_name("datafree")
     assert command.is_file(), "the package must be installed: pip install -e ."
-    seconds = []
+    seconds, output = [], ""
     for _ in range(3):  # the best of three: other tests may hold the processor
         started = time.perf_counter()
-        done = subprocess.run([command, "--help"], capture_output=True, text=True, check=True)
+        output = subprocess.run([command, "--help"], capture_output=True, text=True, check=True).stdout
         seconds.append(time.perf_counter() - started)
     assert min(seconds) < HELP_SECONDS
-    listed = [line.split()[0] for line in done.stdout.split("Commands:")[1].splitlines() if line.strip()]
+    listed = [line.split()[0] for line in output.split("Commands:")[1].splitlines() if line.strip()]
     assert listed[:6] == ["check", "plan", "merge", "inspect", "eval", "env"]
 
 

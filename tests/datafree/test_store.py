@@ -6,9 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from datafree.errors import RunError
-from datafree.store import DamagedStage, Store, cache_folder, content_hash, stage_key
+from datafree.store import (
+    DamagedStage,
+    Store,
+    cache_folder,
+    content_hash,
+    plain_tensors,
+    stage_key,
+    write_safetensors,
+)
 
 
 def _tensors() -> dict[str, torch.Tensor]:
@@ -39,6 +48,16 @@ def test_a_stage_comes_back_exactly(tmp_path: Path) -> None:
         "nothing temporary left"
     )
     assert store.size() == store.path("statistics", key).stat().st_size
+
+
+def test_the_same_content_is_the_same_bytes(tmp_path: Path) -> None:
+    tensors, metadata = _tensors(), {name: name * 3 for name in "edcbafgh"}
+    for name in ("one", "two"):
+        write_safetensors(tmp_path / name, plain_tensors(tensors), metadata)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+    with safe_open(tmp_path / "one", framework="pt") as file:
+        assert file.metadata() == metadata
+        assert torch.equal(file.get_tensor("transposed"), tensors["transposed"])
 
 
 def test_the_key_depends_on_the_meaning_only() -> None:
