@@ -11,12 +11,12 @@ from pleas.errors import UnlistedOp
 from pleas.symmetry.apply import (
     Permutation,
     UnitPermutation,
-    check_gate,
     identity,
     permute_state,
     position_maps,
     random,
 )
+from pleas.symmetry.gate import check_gate
 from pleas.symmetry.graph import Program, execute, export_program, logits_of, state_of
 from pleas.symmetry.groups import Axis, DimUnits, Symmetry, UnitClass, Unlisted, coupled
 from pleas.symmetry.rules import supported_ops

@@ -17,6 +17,7 @@ from pleas.symmetry.labels import (
     Val,
     canonical,
     distinct,
+    joint,
     mix,
     pairs,
     positions,
@@ -61,7 +62,7 @@ class Algebra:
 
     def settle(self, value: Val) -> Val:
         """Confront free labels with fixed ones, and drop what the others say already."""
-        fixed = _without_repeats(value.fixed)
+        fixed = compact(value.shape, value.fixed)
         free = []
         for label in value.free:
             pinned = tell_apart(self.ledger, label, fixed, self.salt, self.reason)
@@ -87,7 +88,7 @@ class Algebra:
             self._add_coarse(free, label)
         fixed = [r for label in value.fixed if (r := _collapse(label, gone)) is not None]
         shape = tuple(1 if d in gone else size for d, size in enumerate(value.shape))
-        result = Val(shape, free, _without_repeats(fixed))
+        result = Val(shape, free, compact(shape, fixed))
         return result if keepdim else drop_dims(result, gone)
 
     def _blocks(self, label: Tensor, gone: Sequence[int]) -> Tensor | None:
@@ -203,12 +204,28 @@ def _lift(label: Tensor, ndim: int) -> Tensor:
     return label.reshape((1,) * (ndim - label.dim()) + tuple(label.shape))
 
 
-def _without_repeats(labels: Iterable[Tensor]) -> list[Tensor]:
-    kept: list[Tensor] = []
-    for label in labels:
-        if varying(label) and not any(k.shape == label.shape and torch.equal(k, label) for k in kept):
-            kept.append(label)
-    return kept
+def compact(shape: Shape, labels: Iterable[Tensor]) -> list[Tensor]:
+    """The same information in fewer fixed labels.
+
+    Labels that vary on a subset of another's dimensions are joined with it. Once a label tells all positions of its
+    dimensions apart, plain positions along each of them say the same, and everything else there is redundant.
+    """
+    told: set[int] = set()  # dimensions whose positions are all told apart
+    left = [label for label in labels if varying(label)]
+    joints: list[Tensor] = []
+    while left:
+        left = [label for label in left if not varying(label) <= told]
+        widest = max((varying(label) for label in left), key=len, default=frozenset())
+        inside = [label for label in left if varying(label) <= widest]
+        if not inside:
+            break
+        left = [label for label in left if not varying(label) <= widest]
+        whole = joint(inside)
+        if distinct(whole) == whole.numel() and all(whole.shape[d] == shape[d] for d in widest):
+            told |= widest
+        else:
+            joints.append(whole)
+    return positions(shape, sorted(told)) + [label for label in joints if not varying(label) <= told]
 
 
 def _determines(label: Tensor, position: Tensor) -> bool:

@@ -1,19 +1,14 @@
-"""Permutations of units: on position indices, on state dicts, and the numeric gate."""
+"""Permutations of units: drawing them, and applying them to positions and state dicts."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from pleas.errors import GateFailed
-from pleas.symmetry.groups import Symmetry, UnitClass, coupled
-from pleas.symmetry.program import execute, logits_of, state_of
-
-GATE_TOLERANCE = 1e-9  # relative, in float64; correct permutations give about 1e-15
+from pleas.symmetry.groups import Symmetry, UnitClass
 
 
 @dataclass(frozen=True)
@@ -109,109 +104,3 @@ def _gather_grouped(weight: Tensor, places: Tensor, rows: Tensor | None, groups:
     order[origin] = within
     index = order.repeat_interleave(per_group, 0).reshape(*weight.shape[:2], *(1,) * (weight.dim() - 2))
     return weight.gather(1, index.to(weight.device).expand(weight.shape))
-
-
-# the gate ----------------------------------------------------------------------------------------------------
-
-
-def check_gate(symmetry: Symmetry, model: nn.Module, example: Tensor, seed: int = 0) -> float:
-    """Relative change of the output under a random permutation of every class, in float64.
-
-    Runs a copy of the module itself where possible; where a rewrite added parameters, the program, after checking
-    that it computes what the module computes. The copy's weights are jittered, so that zero biases and equal batch
-    norms hide nothing. Raises GateFailed above 1e-9, naming a class that does not hold.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    gate = _Gate(symmetry, model, example, generator)
-    permutation = random(symmetry, generator)
-    error = gate.error(permutation)
-    if not error < GATE_TOLERANCE:
-        raise GateFailed(gate.diagnose(error, generator))
-    return error
-
-
-class _Gate:
-    """A jittered float64 copy of the model, its output, and the change of it under permutations."""
-
-    def __init__(
-        self, symmetry: Symmetry, model: nn.Module, example: Tensor, generator: torch.Generator
-    ) -> None:
-        self.symmetry = symmetry
-        self.module = copy.deepcopy(model).train().eval().to(torch.float64)
-        program = symmetry.program
-        rows = program.batch or 2
-        self.images = torch.randn((rows, *example.shape[1:]), generator=generator).to(torch.float64)
-        _jitter(self.module, generator)
-        self.state = {
-            name: t.double() if t.is_floating_point() else t
-            for name, t in state_of(program, self.module).items()
-        }
-        self.expected = self._run_module()
-        self.scale = float(self.expected.abs().max())
-        error = self._relative(self._run_program(self.state))
-        if not error < GATE_TOLERANCE:
-            raise GateFailed(
-                f"the exported graph of {type(model).__name__} does not compute what the module computes: relative "
-                f"difference {error:.1e} in float64. The forward probably depends on state outside its parameters "
-                "(a cache, random numbers) or casts to a fixed precision."
-            )
-
-    def error(self, permutation: Permutation) -> float:
-        state = permute_state(self.symmetry, self.state, permutation)
-        if self.symmetry.program.added:
-            return self._relative(self._run_program(state))
-        own = dict(self.module.named_parameters(remove_duplicate=False)) | dict(
-            self.module.named_buffers(remove_duplicate=False)
-        )
-        kept = {name: own[name].data for name in state if name in own}
-        for name in kept:
-            own[name].data = state[name]
-        try:
-            return self._relative(self._run_module())
-        finally:
-            for name, data in kept.items():
-                own[name].data = data
-
-    def diagnose(self, error: float, generator: torch.Generator) -> str:
-        """Name one class whose permutation alone changes the output, found by bisection."""
-        suspects = [k for k in range(len(self.symmetry.classes)) if k not in self.symmetry.output]
-        while len(suspects) > 1:
-            half = suspects[: len(suspects) // 2]
-            broken = not self.error(random(self.symmetry, generator, half)) < GATE_TOLERANCE
-            suspects = half if broken else suspects[len(half) :]
-        cls = self.symmetry.classes[suspects[0]]
-        return (
-            f"permuting class {cls.name} ({cls.size} units: {coupled(cls, self.symmetry.shapes)}) changes the output: "
-            f"relative difference {error:.1e} in float64 for all classes together, where 1e-9 is allowed. A symmetry "
-            "rule is wrong for an op between these parameters; please report the model."
-        )
-
-    @torch.no_grad()
-    def _run_module(self) -> Tensor:
-        output = logits_of(self.module(self.images.clone()))
-        assert output is not None
-        return output
-
-    @torch.no_grad()
-    def _run_program(self, state: Mapping[str, Tensor]) -> Tensor:
-        return execute(self.symmetry.program.graph, [state], [self.images])[0]
-
-    def _relative(self, output: Tensor) -> float:
-        return float((output - self.expected).abs().max()) / max(self.scale, 1e-300)
-
-
-def _jitter(module: nn.Module, generator: torch.Generator) -> None:
-    """Random relative noise on every weight and statistic (in place); constants among the buffers are left alone."""
-    statistics = {n for n, _ in module.named_buffers() if n.endswith(("running_mean", "running_var"))}
-    with torch.no_grad():
-        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-            if not tensor.is_floating_point() or (
-                not isinstance(tensor, nn.Parameter) and name not in statistics
-            ):
-                continue
-            size = float(tensor.square().mean().sqrt()) if tensor.numel() else 0.0
-            noise = torch.randn(tensor.shape, generator=generator).to(tensor)
-            if name in statistics and name.endswith("running_var"):
-                tensor.mul_(torch.exp(0.3 * noise))
-            else:
-                tensor.add_((0.3 * size if size > 1e-3 else 0.1) * noise)

@@ -251,7 +251,7 @@ def tell_apart(ledger: Ledger, label: Tensor, fixed: Sequence[Tensor], salt: int
     inside = [f for f in fixed if varying(f) and varying(f) <= own]
     across = [f for f in fixed if varying(f) & own and not varying(f) <= own]
     determined = False
-    for k, position in enumerate(([_joint(inside)] if inside else []) + across):
+    for k, position in enumerate(([joint(inside)] if inside else []) + across):
         ids, where = pairs(label, position)
         n_ids, n_where = len(np.unique(ids)), len(np.unique(where))
         if len(ids) == n_ids * n_where:
@@ -262,9 +262,10 @@ def tell_apart(ledger: Ledger, label: Tensor, fixed: Sequence[Tensor], salt: int
     return determined
 
 
-def _joint(labels: Sequence[Tensor]) -> Tensor:
+def joint(labels: Sequence[Tensor]) -> Tensor:
     """One label that tells apart what any of the labels tells apart."""
-    joint = labels[0]
+    whole = labels[0]
     for label in labels[1:]:
-        joint = canonical(joint * (int(label.max()) + 1) + label)
-    return joint
+        if label.shape != whole.shape or not torch.equal(label, whole):
+            whole = canonical(whole * (int(label.max()) + 1) + label)
+    return whole

@@ -1,0 +1,94 @@
+"""The numeric gate: does a random permutation of every class leave the output unchanged?"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from pleas.errors import GateFailed
+from pleas.symmetry.apply import Permutation, permute_state, random
+from pleas.symmetry.groups import Symmetry, coupled
+from pleas.symmetry.program import execute, logits_of, state_of
+
+GATE_TOLERANCE = 1e-9  # relative, in float64; correct permutations give about 1e-15
+
+
+def check_gate(symmetry: Symmetry, model: nn.Module, example: Tensor, seed: int = 0) -> float:
+    """Relative difference, in float64, between the module and the program run on permuted weights.
+
+    The weights are jittered first, so that zero biases and equal batch norms hide nothing. Comparing the module
+    itself with the program covers the export, too. Raises GateFailed above 1e-9, naming a class that does not hold,
+    or the export if it is to blame.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    gate = _Gate(symmetry, model, example, generator)
+    error = gate.error(random(symmetry, generator))
+    if not error < GATE_TOLERANCE:
+        raise GateFailed(gate.diagnose(error, generator))
+    return error
+
+
+class _Gate:
+    """A jittered float64 copy of the model, its output, and the change of it under permutations."""
+
+    @torch.no_grad()
+    def __init__(
+        self, symmetry: Symmetry, model: nn.Module, example: Tensor, generator: torch.Generator
+    ) -> None:
+        self.symmetry, self.owner = symmetry, type(model).__name__
+        program = symmetry.program
+        module = copy.deepcopy(model).train().eval().to(torch.float64)
+        _jitter(module, generator)
+        shape = (program.batch or 1, *example.shape[1:])
+        self.images = torch.randn(shape, generator=generator).to(torch.float64)
+        expected = logits_of(module(self.images.clone()))
+        assert expected is not None, "the export checked that there are logits"
+        self.expected = expected
+        state = state_of(program, module)
+        self.state = {name: t.double() if t.is_floating_point() else t for name, t in state.items()}
+
+    def error(self, permutation: Permutation | None) -> float:
+        """Relative difference of the output on permuted (None: untouched) weights."""
+        state = self.state if permutation is None else permute_state(self.symmetry, self.state, permutation)
+        with torch.no_grad():
+            output = execute(self.symmetry.program.graph, [state], [self.images])[0]
+        return float((output - self.expected).abs().max()) / max(float(self.expected.abs().max()), 1e-300)
+
+    def diagnose(self, error: float, generator: torch.Generator) -> str:
+        """Blame the export, or one class whose permutation alone changes the output, found by bisection."""
+        untouched = self.error(None)
+        if not untouched < GATE_TOLERANCE:
+            return (
+                f"the exported graph of {self.owner} does not compute what the module computes: relative difference "
+                f"{untouched:.1e} in float64. Usually the forward depends on more than its parameters (a cache filled "
+                "by an earlier call, random numbers), or casts to a fixed precision."
+            )
+        suspects = [k for k in range(len(self.symmetry.classes)) if k not in self.symmetry.output]
+        while len(suspects) > 1:
+            half = suspects[: len(suspects) // 2]
+            broken = not self.error(random(self.symmetry, generator, half)) < GATE_TOLERANCE
+            suspects = half if broken else suspects[len(half) :]
+        cls = self.symmetry.classes[suspects[0]]
+        return (
+            f"permuting class {cls.name} of {self.owner} ({cls.size} units: {coupled(cls, self.symmetry.shapes)}) "
+            f"changes the output: relative difference {error:.1e} in float64 with all classes permuted, where "
+            f"{GATE_TOLERANCE:.0e} is allowed. The symmetry rule of an op between these parameters is wrong; please "
+            "report the model."
+        )
+
+
+def _jitter(module: nn.Module, generator: torch.Generator) -> None:
+    """Random relative noise on every weight and running statistic (in place); other buffers are left alone."""
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        statistic = name.endswith(("running_mean", "running_var"))
+        if not tensor.is_floating_point() or not (isinstance(tensor, nn.Parameter) or statistic):
+            continue
+        noise = torch.randn(tensor.shape, generator=generator).to(tensor)
+        if name.endswith("running_var"):
+            tensor.mul_(torch.exp(0.3 * noise))
+        else:
+            size = float(tensor.square().mean().sqrt()) if tensor.numel() else 0.0
+            tensor.add_((0.3 * size if size > 1e-3 else 0.1) * noise)
