@@ -291,10 +291,9 @@ def _data_key(loc: tuple[int | str, ...], data: Any, kind: str) -> Key:
     """Pydantic's location without the names of union members, which stand in it but not in the file."""
     key: list[int | str] = []
     for position, part in enumerate(loc):
-        if isinstance(data, dict) and part in data:
-            key.append(part)
-            data = data[part]
-        elif isinstance(data, list) and isinstance(part, int) and part < len(data):
+        if (isinstance(data, dict) and part in data) or (
+            isinstance(data, list) and isinstance(part, int) and part < len(data)
+        ):
             key.append(part)
             data = data[part]
         elif kind == "missing" and position == len(loc) - 1:
