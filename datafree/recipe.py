@@ -291,9 +291,8 @@ def _data_key(loc: tuple[int | str, ...], data: Any, kind: str) -> Key:
     """Pydantic's location without the names of union members, which stand in it but not in the file."""
     key: list[int | str] = []
     for position, part in enumerate(loc):
-        if (isinstance(data, dict) and part in data) or (
-            isinstance(data, list) and isinstance(part, int) and part < len(data)
-        ):
+        keys = range(len(data)) if isinstance(data, list) else data if isinstance(data, dict) else ()
+        if part in keys:
             key.append(part)
             data = data[part]
         elif kind == "missing" and position == len(loc) - 1:

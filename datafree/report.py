@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import jinja2
 
-from datafree.charts import accuracy_chart, residual_chart
 from datafree.results import Results, cells, columns
 
 if TYPE_CHECKING:
@@ -23,6 +22,8 @@ def html_report(results: Results, run: Mapping[str, Any], recipe: str) -> str:
 
     run: the content of `run.json`      recipe: the resolved recipe's text
     """
+    from datafree.charts import accuracy_chart, residual_chart  # matplotlib takes a second to import
+
     return _render(
         "report.html.j2",
         results=results,
