@@ -177,7 +177,7 @@ def _assembled(op: Op, values: list[Val], dim: int, run: Any) -> Val:
     """Values put together along `dim` by `run`, which is given one label per value, of full extent along dim.
 
     Labels that do not vary along dim are related as if the pieces were terms of a sum. Along dim, free labels are
-    put together; a piece without one gets new ids, pinned at once. Pieces are told apart by a fixed label.
+    put together; a piece that has none is neutral or pinned. Pieces are told apart by a fixed label.
     """
     ndim = len(op.shape)
     flat = [_off(value, dim) for value in values]
@@ -188,7 +188,7 @@ def _assembled(op: Op, values: list[Val], dim: int, run: Any) -> Val:
     together: list[Tensor] = []
     for k in range(max(len(labels) for labels in free)):
         parts = [
-            _extent(value, labels[min(k, len(labels) - 1)] if labels else _pinned(op, value, dim), dim)
+            _extent(value, labels[min(k, len(labels) - 1)] if labels else _stand_in(op, value, dim), dim)
             for value, labels in zip(values, free, strict=True)
         ]
         together.append(squash(run(_same_extent(parts, dim))))
@@ -228,7 +228,10 @@ def _same_extent(labels: list[Tensor], dim: int) -> list[Tensor]:
     ]
 
 
-def _pinned(op: Op, value: Val, dim: int) -> Tensor:
+def _stand_in(op: Op, value: Val, dim: int) -> Tensor:
+    """Ids for a piece without free labels along dim: neutral if it is uniform there, else pinned."""
+    if not any(dim in varying(f) for f in value.fixed):
+        return torch.full((1,) * len(value.shape), -1)
     ids = op.ledger.fresh(value.shape[dim], op.algebra.name)
     op.ledger.pin(ids, op.algebra.salt, "concatenated with fixed positions")
     return ids.reshape([-1 if d == dim else 1 for d in range(len(value.shape))])

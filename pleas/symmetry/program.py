@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
@@ -61,6 +62,7 @@ def execute(
     A value is dropped after its last use, so memory is that of a plain forward pass times the number of parents.
     """
     last_use = _last_uses(graph)
+    exported = next(node.meta["val"].dtype for node in graph.nodes if node.op == "placeholder")
     values: list[dict[fx.Node, Any]] = [{} for _ in states]
     for node in graph.nodes:
         if node.op == "placeholder":
@@ -72,7 +74,7 @@ def execute(
         elif node.op == "output":
             return [parent[node.args[0]] for parent in values]
         else:
-            args, kwargs = _resolve(node, values, inputs)
+            args, kwargs = _resolve(node, values, inputs, exported)
             if visit is not None:
                 visit(node, args, kwargs)
             for parent, a, k in zip(values, args, kwargs, strict=True):
@@ -121,10 +123,13 @@ def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
 
 
 def _resolve(
-    node: fx.Node, values: Sequence[Mapping[fx.Node, Any]], inputs: Sequence[Tensor]
+    node: fx.Node, values: Sequence[Mapping[fx.Node, Any]], like: Sequence[Tensor], exported: torch.dtype
 ) -> tuple[list[tuple[Any, ...]], list[dict[str, Any]]]:
+    """Every parent's arguments. Export writes down its own device and precision; follow the inputs instead."""
     args = [map_arg(node.args, parent.__getitem__) for parent in values]
     kwargs = [map_arg(node.kwargs, parent.__getitem__) for parent in values]
-    if node.kwargs.get("device") is not None:  # export writes down its own device; follow the inputs instead
-        kwargs = [{**k, "device": batch.device} for k, batch in zip(kwargs, inputs, strict=True)]
+    if node.kwargs.get("device") is not None:
+        kwargs = [{**k, "device": batch.device} for k, batch in zip(kwargs, like, strict=True)]
+    if node.kwargs.get("dtype") is exported:
+        kwargs = [{**k, "dtype": batch.dtype} for k, batch in zip(kwargs, like, strict=True)]
     return args, kwargs

@@ -1,8 +1,7 @@
 """From the ledger to the tree of classes: which units are exchangeable?
 
 1. Ids that are united become one unit; units that lie inside each other in a circle too.
-2. A unit with children is a block. Blocks over the same leaves are one; crossing blocks (neither inside the other)
-   are resolved by telling apart the smaller of the two families, block by block.
+2. Units with children are blocks; they are made a tree (blocks.py).
 3. What remains is a tree. From the leaves up, every unit gets a signature: its colours, and in index order what
    stands on each axis it touches. Siblings with equal signatures form one class.
 
@@ -19,9 +18,8 @@ import numpy as np
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-from pleas.symmetry.labels import Ledger, mix, salt_of
-
-ROOT = -1
+from pleas.symmetry.blocks import ROOT, Blocks
+from pleas.symmetry.labels import Ledger, mix
 
 
 @dataclass
@@ -41,9 +39,9 @@ class Forest:
 def solve(ledger: Ledger) -> Forest:
     """Solve everything the ledger holds."""
     unit_of, edges = _units(ledger)
-    colours = np.zeros(_count(unit_of), np.uint64)
-    np.add.at(colours, unit_of, ledger.colours)
-    unit_of, parent, colours = _laminar(ledger, unit_of, edges, colours)
+    blocks = Blocks(ledger, unit_of, edges)
+    parent = blocks.tree()
+    unit_of, colours = blocks.unit_of, blocks.colours
     signature = _signatures(ledger, unit_of, parent, colours)
     return Forest(unit_of, parent, _classes(ledger, unit_of, parent, signature), _members(unit_of))
 
@@ -78,102 +76,6 @@ def _count(units: np.ndarray) -> int:
 def _components(count: int, pairs: np.ndarray, connection: str) -> np.ndarray:
     graph = coo_matrix((np.ones(pairs.shape[1], np.int8), (pairs[0], pairs[1])), (count, count))
     return connected_components(graph, directed=True, connection=connection)[1]
-
-
-# blocks ------------------------------------------------------------------------------------------------------
-
-
-def _laminar(
-    ledger: Ledger, unit_of: np.ndarray, edges: np.ndarray, colours: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Make the blocks a tree: (unit of every id, parent of every unit, colours of every unit)."""
-    leaves = _leaf_sets(edges)
-    merged = _same_leaves(leaves, len(colours))
-    if not np.array_equal(merged, np.arange(len(colours))):
-        unit_of, edges = merged[unit_of], merged[edges]
-        edges = np.unique(edges[:, edges[0] != edges[1]], axis=1)
-        summed = np.zeros_like(colours)
-        np.add.at(summed, merged, colours)
-        colours = summed
-        leaves = _leaf_sets(edges)
-    family = _families(ledger, unit_of)
-    while crossing := _crossing(leaves):
-        for block in _smaller_family(crossing, family):
-            inside = np.fromiter(leaves.pop(block), np.int64)
-            with np.errstate(over="ignore"):
-                colours[inside] += mix(np.uint64(salt_of(f"crossing {block}")))
-                colours[block] += mix(np.uint64(salt_of(f"dissolved {block}")))
-    parent = np.full(len(colours), ROOT)
-    for leaf, chain in _chains(leaves).items():
-        parent[[leaf, *chain[:-1]]] = chain
-    return unit_of, parent, colours
-
-
-def _leaf_sets(edges: np.ndarray) -> dict[int, frozenset[int]]:
-    """Block -> the units without children below it."""
-    children: dict[int, list[int]] = defaultdict(list)
-    for child, parent in edges.T.tolist():
-        children[parent].append(child)
-    found: dict[int, frozenset[int]] = {}
-
-    def below(unit: int) -> frozenset[int]:
-        if unit not in children:
-            return frozenset((unit,))
-        if unit not in found:
-            found[unit] = frozenset().union(*(below(c) for c in children[unit]))
-        return found[unit]
-
-    for unit in list(children):
-        below(unit)
-    return found
-
-
-def _same_leaves(leaves: dict[int, frozenset[int]], count: int) -> np.ndarray:
-    """Unit -> the one unit that stands for all with the same leaves."""
-    keeper: dict[frozenset[int], int] = {}
-    merged = np.arange(count)
-    for block, inside in leaves.items():
-        if len(inside) == 1:
-            merged[block] = next(iter(inside))
-        else:
-            merged[block] = keeper.setdefault(inside, block)
-    return merged
-
-
-def _families(ledger: Ledger, unit_of: np.ndarray) -> dict[int, str]:
-    """Unit -> the family of its first id (blocks made by one op, indices of one axis)."""
-    firsts = np.array([first for first, _ in ledger.births])
-    names = [name for _, name in ledger.births]
-    units, ids = np.unique(unit_of, return_index=True)
-    birth = np.searchsorted(firsts, ids, side="right") - 1
-    return {int(u): names[b] for u, b in zip(units, birth, strict=True)}
-
-
-def _chains(leaves: dict[int, frozenset[int]]) -> dict[int, list[int]]:
-    """Leaf -> the blocks around it, smallest first."""
-    around: dict[int, list[int]] = defaultdict(list)
-    for block in sorted(leaves, key=lambda b: len(leaves[b])):
-        for leaf in leaves[block]:
-            around[leaf].append(block)
-    return around
-
-
-def _crossing(leaves: dict[int, frozenset[int]]) -> list[tuple[int, int]]:
-    """Pairs of blocks that overlap, neither inside the other."""
-    neighbours = {pair for chain in _chains(leaves).values() for pair in zip(chain, chain[1:], strict=False)}
-    return sorted(pair for pair in neighbours if not leaves[pair[0]] <= leaves[pair[1]])
-
-
-def _smaller_family(crossing: list[tuple[int, int]], family: dict[int, str]) -> list[int]:
-    """Of the first two families that cross, the blocks of the one with fewer of them."""
-    first, second = (family[block] for block in crossing[0])
-    blocks: dict[str, set[int]] = defaultdict(set)
-    for pair in crossing:
-        for block in pair:
-            blocks[family[block]].add(block)
-    if first == second:
-        return sorted(blocks[first])
-    return sorted(min((blocks[first], blocks[second]), key=len))
 
 
 # signatures --------------------------------------------------------------------------------------------------

@@ -12,7 +12,8 @@ from pleas.errors import UnsupportedModel
 from pleas.symmetry.groups import Axis, DimUnits, Symmetry, UnitClass, Unlisted
 from pleas.symmetry.labels import Ledger
 from pleas.symmetry.program import Program, named_tensors, state_of
-from pleas.symmetry.solve import ROOT, Forest, solve
+from pleas.symmetry.blocks import ROOT
+from pleas.symmetry.solve import Forest, solve
 from pleas.symmetry.tracking import Tracked, track
 
 Stand = dict[

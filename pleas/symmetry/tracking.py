@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -119,6 +119,8 @@ class Tracker:
         if not op.values and constant is not None:
             return _constant(constant)
         found = rule_for(target)
+        if found is None and constant is not None and not any(value.free for value in op.values):
+            return replace(anonymous(op.shape), const=constant)
         result: Result = (found or unlisted)(op)
         if found is None:
             ids = [f.reshape(-1).numpy() for value in op.values for f in value.free]
