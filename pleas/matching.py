@@ -44,7 +44,7 @@ def match(
         _leave(unit_class) if index in symmetry.output else _assign(unit_class, similarities)[0]
         for index, unit_class in enumerate(symmetry.classes)
     ]
-    return Permutation(tuple(chosen))
+    return tuple(chosen)
 
 
 def activation_similarities(
@@ -163,24 +163,17 @@ def match_weights(
     Every class is assigned exactly given all the others; sweeps go on until nothing changes. Running
     statistics take no part.
     """
-    trainable = set(symmetry.program.parameters)
-    permutation = identity(symmetry)
-    order = [i for i in range(len(symmetry.classes)) if i not in symmetry.output]
+    permutation = _match_forward(symmetry, a, b)
+    order = _by_depth(symmetry)
     generator = torch.Generator().manual_seed(0)
     for _ in range(sweeps):
         changed = False
         for step in torch.randperm(len(order), generator=generator).tolist():
             index = order[step]
             unit_class = symmetry.classes[index]
-            others = _replace(permutation, index, _leave(unit_class))
-            aligned = permute_state(symmetry, b, others)
-            similarities = {
-                (axis.tensor, axis.dim): _inner_products(symmetry, a, aligned, axis)
-                for axis in unit_class.axes
-                if axis.tensor in trainable
-            }
+            similarities = _weight_similarities(symmetry, a, b, permutation, index)
             best, value = _assign(unit_class, similarities)
-            if value > _value(unit_class, permutation.classes[index], similarities) + 1e-9 * abs(value):
+            if value > _value(unit_class, permutation[index], similarities) + 1e-9 * abs(value):
                 permutation = _replace(permutation, index, best)
                 changed = True
         if not changed:
@@ -188,10 +181,65 @@ def match_weights(
     return permutation
 
 
+def _match_forward(symmetry: Symmetry, a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Permutation:
+    """Where the ascent starts: every class in order of depth, by the weights whose other axes are settled already.
+
+    From the identity, the first classes to be assigned would see mostly weights that are not aligned yet.
+    """
+    permutation, settled = identity(symmetry), {-1, *symmetry.output}
+    for index in _by_depth(symmetry):
+        readable = _weight_similarities(symmetry, a, b, permutation, index, settled)
+        if readable:
+            permutation = _replace(permutation, index, _assign(symmetry.classes[index], readable)[0])
+        settled.add(index)
+    return permutation
+
+
+def _by_depth(symmetry: Symmetry) -> list[int]:
+    """Classes that may be permuted, in the order in which their first parameter is used."""
+    place = {name: i for i, name in enumerate(symmetry.program.parameters)}
+    first = {
+        i: min((place[axis.tensor] for axis in c.axes if axis.tensor in place), default=len(place))
+        for i, c in enumerate(symmetry.classes)
+        if i not in symmetry.output
+    }
+    return sorted(first, key=lambda i: first[i])
+
+
+def _weight_similarities(
+    symmetry: Symmetry,
+    a: Mapping[str, Tensor],
+    b: Mapping[str, Tensor],
+    permutation: Permutation,
+    index: int,
+    settled: set[int] | None = None,
+) -> dict[AxisName, Tensor]:
+    """Inner products of A's and B's slices along every parameter axis of a class, B's other classes being permuted.
+
+    settled: use only tensors all of whose other units belong to these classes (-1: fixed); None for all tensors.
+    """
+    unit_class = symmetry.classes[index]
+    aligned = permute_state(symmetry, b, _replace(permutation, index, _leave(unit_class)))
+    parameters = set(symmetry.program.parameters)
+    return {
+        (axis.tensor, axis.dim): _inner_products(symmetry, a, aligned, axis)
+        for axis in unit_class.axes
+        if axis.tensor in parameters
+        and (settled is None or _others(symmetry, axis, a[axis.tensor].dim()) <= settled)
+    }
+
+
+def _others(symmetry: Symmetry, axis: Axis, dims: int) -> set[int]:
+    """Classes on the other axes of the axis's tensor."""
+    found: set[int] = set()
+    for dim in range(dims):
+        if dim != axis.dim:
+            found |= set(symmetry.axis(axis.tensor, dim).cls.unique().tolist())
+    return found
+
+
 def _replace(permutation: Permutation, index: int, new: UnitPermutation) -> Permutation:
-    classes = list(permutation.classes)
-    classes[index] = new
-    return Permutation(tuple(classes))
+    return (*permutation[:index], new, *permutation[index + 1 :])
 
 
 def _value(unit_class: UnitClass, chosen: UnitPermutation, similarities: Mapping[AxisName, Tensor]) -> float:
@@ -232,4 +280,4 @@ def _inner_products(
 def _slices(tensor: Tensor, axis: Axis, groups: int) -> Tensor:
     if groups > 1 and axis.dim == 1:
         return tensor.unflatten(0, (groups, -1)).movedim(2, 1).flatten(2)
-    return tensor.movedim(axis.dim, 0).flatten(1)
+    return tensor.movedim(axis.dim, 0).reshape(tensor.shape[axis.dim], -1)

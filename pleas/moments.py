@@ -21,6 +21,7 @@ from pleas.symmetry import Permutation, Symmetry, execute, permute_state, state_
 
 Progress = Callable[[str, int, int], None]
 Batch = Tensor | tuple[Tensor, Tensor]
+STRIP, STRIPS = 192, 8  # columns of a strip at least, strips at most
 
 
 @dataclass
@@ -36,7 +37,9 @@ class Moments:
     count: int
     shift: Tensor  # (groups, d) float64
     first: Tensor  # (groups, d) float64, sum of (row - shift)
-    second: Tensor  # (groups, d, d) float64, sum of (row - shift)(row - shift)^T
+    second: (
+        Tensor  # (groups, d, d) float64, sum of (row - shift)(row - shift)^T; only the upper triangle counts
+    )
 
     @classmethod
     def starting_at(cls, rows: Tensor) -> Moments:
@@ -50,7 +53,12 @@ class Moments:
         centred = rows - self.shift.to(rows.dtype)[:, None]
         self.count += rows.shape[1]
         self.first += centred.sum(1, dtype=torch.float64)
-        self.second += centred.mT @ centred
+        # Products are symmetric: strips of the upper triangle cost little more than half of the full product.
+        width = centred.shape[-1]
+        strip = max(STRIP, -(-width // STRIPS))
+        for first in range(0, width, strip):
+            last = min(first + strip, width)
+            self.second[:, :last, first:last] += centred[:, :, :last].mT @ centred[:, :, first:last]
 
     def __add__(self, other: Moments) -> Moments:
         """Moments of both streams together."""
@@ -61,6 +69,10 @@ class Moments:
         second = other.second - outer - outer.mT + other.count * square
         return Moments(self.count + other.count, self.shift, self.first + first, self.second + second)
 
+    def cpu(self) -> Moments:
+        """The same on the CPU, where everything after the pass is computed, in float64."""
+        return Moments(self.count, self.shift.cpu(), self.first.cpu(), self.second.cpu())
+
     @property
     def mean(self) -> Tensor:
         """(groups, d)"""
@@ -70,7 +82,9 @@ class Moments:
     def covariance(self) -> Tensor:
         """(groups, d, d)"""
         offset = self.first / self.count
-        return self.second / self.count - offset[:, :, None] * offset[:, None, :]
+        upper = self.second.triu()
+        second = upper + upper.triu(1).mT
+        return second / self.count - offset[:, :, None] * offset[:, None, :]
 
 
 @dataclass(frozen=True)
@@ -129,30 +143,40 @@ class Statistics:
 
 
 class PositionSampler:
-    """A fixed, seeded choice of output positions per image: neighbouring positions of a map are nearly copies
-    of one another.
+    """A fixed, seeded choice of output positions per image: neighbouring positions of a map are nearly copies of one
+    another, and a layer needs a few rows per unknown, not thousands (decision 0002).
 
-    The choice depends on (seed, size of the map, index of the image) only, so shards and batch sizes do not
-    change it.
+    The choice depends on (seed, size of the map, index of the image) only, so shards and batch sizes do not change it.
     """
 
     PERIOD = 256  # images after which the choices repeat
+    LEAST = 4  # positions of every image, also where a layer has few unknowns
 
-    def __init__(self, limit: int, seed: int) -> None:
-        self.limit, self.seed = limit, seed
-        self._tables: dict[int, Tensor] = {}
+    def __init__(self, settings: MergeSettings, images: int | None) -> None:
+        self.settings, self.images = settings, images
+        self._tables: dict[tuple[int, int], Tensor] = {}
 
-    def __call__(self, layer: Layer, inputs: Tensor, first_image: int) -> Tensor | None:
-        """(N, limit) positions, or None where the layer has no more than that."""
-        total = positions_of(layer, inputs)
-        if total <= self.limit:
+    def limit(self, layer: Layer) -> int:
+        """Positions per image that give `rows` rows per unknown over all images, `positions` at most."""
+        if self.images is None:
+            return self.settings.positions
+        wanted = -(-self.settings.rows * layer.d_in // self.images)
+        return min(self.settings.positions, max(self.LEAST, wanted))
+
+    def __call__(self, layer: Layer, inputs: Tensor, batch: int, first_image: int) -> Tensor | None:
+        """(N, P) positions, or None where the layer has no more than wanted. N is a multiple of the batch where
+        windows of one image stand in the batch dimension."""
+        parts = len(inputs) // batch
+        total, limit = positions_of(layer, inputs), -(-self.limit(layer) // parts)
+        if total <= limit:
             return None
-        if total not in self._tables:
-            generator = torch.Generator().manual_seed(self.seed)
+        if (total, limit) not in self._tables:
+            generator = torch.Generator().manual_seed(self.settings.seed)
             order = torch.rand((self.PERIOD, total), generator=generator).argsort(1)
-            self._tables[total] = order[:, : self.limit].sort(1).values
-        images = torch.arange(first_image, first_image + len(inputs)) % self.PERIOD
-        return self._tables[total][images].to(inputs.device)
+            self._tables[total, limit] = order[:, :limit].sort(1).values
+        first = first_image * parts
+        entries = torch.arange(first, first + len(inputs)) % self.PERIOD
+        return self._tables[total, limit][entries].to(inputs.device)
 
 
 def collect(
@@ -163,12 +187,14 @@ def collect(
     settings: MergeSettings,
     *,
     first_image: int = 0,
+    images: int | None = None,
     progress: Progress | None = None,
 ) -> Statistics:
     """One pass of both parents over the proxies, in lock step.
 
     inputs: batches of normalised images (N, C, H, W), or of pairs where the parents normalise differently.
-    first_image: index of the first image, so that shards sample the positions the whole would.
+    first_image, images: index of the first image and number of images of all shards together, so that a shard samples
+        the positions the whole would; by default these inputs are the whole, counted where they have a length.
     Raises NonFinite naming the first layer whose inputs are not finite.
     """
     layers = find_layers(symmetry.program)
@@ -188,8 +214,8 @@ def collect(
 
     sites: dict[str, Site] = {node: (layer, gather) for layer in layers for node in layer.nodes}
     sites |= {norm.node: (norm, gather_units) for norm in find_norms(symmetry.program)}
-    seen = _stream(symmetry, sites, states, inputs, settings, first_image, progress, "statistics")
-    return Statistics(joint, units, images=seen)
+    seen = _stream(symmetry, sites, states, inputs, settings, first_image, images, progress, "statistics")
+    return Statistics(_on_cpu(joint), _on_cpu(units), images=seen)
 
 
 def collect_grouped(
@@ -219,14 +245,25 @@ def collect_grouped(
         _accumulate(grouped, layer.name, torch.cat([layer_rows(layer, x, positions) for x in pair], -1))
 
     sites: dict[str, Site] = {node: (layer, gather) for layer in layers for node in layer.nodes}
-    _stream(symmetry, sites, states, inputs, settings, 0, progress, "statistics of groups")
-    return Statistics(statistics.joint, statistics.units, grouped, statistics.images)
+    _stream(symmetry, sites, states, inputs, settings, 0, statistics.images, progress, "statistics of groups")
+    return Statistics(statistics.joint, statistics.units, _on_cpu(grouped), statistics.images)
 
 
 Gather = Callable[[Any, list[Tensor], Tensor | None], None]
 Site = tuple[
     Layer | BatchNorm, Gather
 ]  # what is read at a node, and what to do with both parents' inputs there
+
+
+def _count(inputs: Iterable[Batch]) -> int:
+    """How many images a list of batches holds; 0 where only iterating could tell."""
+    if not isinstance(inputs, (list, tuple)):
+        return 0
+    return sum(len(batch if isinstance(batch, Tensor) else batch[0]) for batch in inputs)
+
+
+def _on_cpu(moments: Mapping[str, Moments]) -> dict[str, Moments]:
+    return {name: m.cpu() for name, m in moments.items()}
 
 
 def _accumulate(into: dict[str, Moments], name: str, rows: Tensor) -> None:
@@ -247,19 +284,30 @@ def _stream(
     inputs: Iterable[Batch],
     settings: MergeSettings,
     first_image: int,
+    images: int | None,
     progress: Progress | None,
     stage: str,
 ) -> int:
     """Run both parents in lock step over all batches and hand every layer's inputs to `gather`. Returns
     images seen."""
-    sampler = PositionSampler(settings.positions, settings.seed)
     total = len(inputs) if hasattr(inputs, "__len__") else 0  # type: ignore[arg-type]
+    sampler: PositionSampler | None = None
     index = first_image
     with torch.no_grad():
         for done, batch in enumerate(inputs, 1):
             pair = list(batch) if isinstance(batch, (tuple, list)) else [batch, batch]
+            if sampler is None:
+                sampler = PositionSampler(settings, images or _count(inputs) or total * len(pair[0]) or None)
 
-            def visit(node: fx.Node, args: list[tuple], _: list[dict], start: int = index) -> None:
+            def visit(
+                node: fx.Node,
+                args: list[tuple],
+                _: list[dict],
+                *,
+                start: int = index,
+                count: int = len(pair[0]),
+                sample: PositionSampler = sampler,
+            ) -> None:
                 if node.name not in sites:
                     return
                 site, gather = sites[node.name]
@@ -270,7 +318,9 @@ def _stream(
                             f"parent {parent}: the input of layer '{site.name}' is NaN or infinite on the proxy "
                             "images. Check that parent's weights and the preprocessing (mean, std, range)."
                         )
-                gather(site, values, sampler(site, values[0], start) if isinstance(site, Layer) else None)
+                gather(
+                    site, values, sample(site, values[0], count, start) if isinstance(site, Layer) else None
+                )
 
             execute(symmetry.program.graph, states, pair, visit)
             index += len(pair[0])

@@ -13,15 +13,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from pleas.errors import InputError
-from pleas.layers import Layer, find_layers, output_extents
+from pleas.layers import CONVOLUTION, LINEAR, Layer, find_layers, output_extents
 from pleas.layout import ClassPlan
 from pleas.moments import Statistics
 from pleas.settings import MergeSettings
 from pleas.symmetry import DimUnits, Permutation, Symmetry, permute_state, position_maps, state_of
 
+aten = torch.ops.aten
 CHUNKS = 32  # a class is kept apart in steps of 1/32 of its units
 
 
@@ -83,10 +84,9 @@ def make_plan(
     widths = dict.fromkeys(costs, 0)
     if apart is not None:
         widths = _uniform(costs, apart)
-    elif budget is not None and budget >= 2:
-        widths = {c: len(cost) for c, cost in costs.items()}
     elif budget is not None:
-        limit = budget * model.parent
+        # Rewrites add a little of their own: both parents side by side are within a budget of 2 all the same.
+        limit = budget * model.parent if budget < 2 else 2 * max(model.parent, model.total(widths))
         for candidate in _path(costs, order, model, settings.allocation):
             if model.total(candidate) > limit:
                 break
@@ -196,26 +196,28 @@ class FlopModel:
             (layer, _side(symmetry.axis(layer.weight, 1)), _side(symmetry.axis(layer.weight, 0)), places)
             for layer, places in zip(layers, output_places(symmetry, layers), strict=True)
         ]
+        self._products = list(_other_products(symmetry, layers))
         self._touching: dict[int, list[int]] = {}
-        for i, (_, inputs, outputs, _) in enumerate(self._layers):
-            for c in {*inputs.classes, *outputs.classes}:
+        for i, sides in enumerate(
+            [*(layer[1:3] for layer in self._layers), *(p.sides for p in self._products)]
+        ):
+            for c in {c for side in sides for c in side.classes}:
                 self._touching.setdefault(c, []).append(i)
         self.parent = sum(
             2 * layer.out_units * layer.d_in * places
             for layer, _, _, places in self._layers
             if layer.weight not in added
-        )
+        ) + sum(product.flops({}, {}) for product in self._products)
 
     def total(self, widths: Mapping[int, int], classes: Sequence[int] | None = None) -> int:
         """FLOPs per image of all layers, or of those that touch the given classes."""
-        wanted = (
-            range(len(self._layers))
-            if classes is None
-            else {i for c in classes for i in self._touching.get(c, ())}
-        )
+        everything = range(len(self._layers) + len(self._products))
+        wanted = everything if classes is None else {i for c in classes for i in self._touching.get(c, ())}
         return sum(self._one(i, widths) for i in wanted)
 
     def _one(self, i: int, widths: Mapping[int, int]) -> int:
+        if i >= len(self._layers):
+            return self._products[i - len(self._layers)].flops(widths, self._heads)
         layer, inputs, outputs, places = self._layers[i]
         fused, a, b = outputs.counts(widths, self._heads)
         if layer.groups > 1:
@@ -239,6 +241,78 @@ def _side(units: DimUnits) -> _Side:
     return _Side(int((units.cls < 0).sum()), classes)
 
 
+@dataclass(frozen=True)
+class _Product:
+    """A contraction that is not a layer (attention, a computed or transposed weight): all of it is computed, so it costs a
+    constant times the product of its dimensions' sizes."""
+
+    factor: int
+    sides: tuple[_Side, ...]
+
+    def flops(self, widths: Mapping[int, int], heads: Mapping[int, tuple[int, int]]) -> int:
+        total = self.factor
+        for side in self.sides:
+            total *= sum(side.counts(widths, heads))
+        return total
+
+
+def _other_products(symmetry: Symmetry, layers: Sequence[Layer]) -> Iterator[_Product]:
+    """Everything FlopCounterMode counts that no layer accounts for."""
+    covered = {name for layer in layers for name in layer.nodes}
+    for node in symmetry.program.graph.nodes:
+        if node.name in covered:
+            continue
+        if node.target is CONVOLUTION:
+            weight, groups = node.args[1].meta["val"].shape, node.args[8]
+            places = node.args[0] if node.args[6] else node  # a transposed one costs per input position
+            factor = 2 * int(torch.Size(weight[2:]).numel()) * _size(places.meta["val"].shape[2:])
+            inputs, outputs = _value_side(symmetry, node.args[0], 1), _value_side(symmetry, node, 1)
+            if groups > 1:  # weight[1] is one group's inputs, of a transposed one its outputs
+                yield _Product(factor * int(weight[1]), (inputs if node.args[6] else outputs,))
+            else:
+                yield _Product(factor, (inputs, outputs))
+        elif node.target in (
+            aten.bmm.default,
+            aten.mm.default,
+            aten.addmm.default,
+            LINEAR,
+            aten.baddbmm.default,
+        ):
+            first = 1 if node.target in (aten.addmm.default, aten.baddbmm.default) else 0
+            left = node.args[first]
+            dims = left.meta["val"].dim()
+            sides = [_value_side(symmetry, left, d) for d in range(dims)]
+            yield _Product(2, (*sides, _value_side(symmetry, node, node.meta["val"].dim() - 1)))
+        elif node.target is aten.scaled_dot_product_attention.default:
+            q, k, v = node.args[:3]
+            dims = q.meta["val"].dim()
+            common = [_value_side(symmetry, q, d) for d in range(dims - 1)]
+            keys = _value_side(symmetry, k, dims - 2)
+            yield _Product(2, (*common, keys, _value_side(symmetry, q, dims - 1)))
+            yield _Product(2, (*common, keys, _value_side(symmetry, v, dims - 1)))
+
+
+def _size(shape: Sequence[int]) -> int:
+    return int(torch.Size([int(s) for s in shape]).numel())
+
+
+def _value_side(symmetry: Symmetry, node: fx.Node, dim: int) -> _Side:
+    """One dimension of an activation; the batch counts as one image."""
+    size = node.meta["val"].shape[dim]
+    if not isinstance(size, int):
+        return _Side(max(1, _hint(size) // _hint(_batch(symmetry))), {})
+    units = symmetry.value(node.name, dim)
+    return _Side(size, {}) if units is None else _side(units)
+
+
+def _batch(symmetry: Symmetry) -> int | torch.SymInt:
+    return next(n for n in symmetry.program.graph.nodes if n.op == "placeholder").meta["val"].shape[0]
+
+
+def _hint(size: int | torch.SymInt) -> int:
+    return size if isinstance(size, int) else int(size.node.hint)
+
+
 def output_places(symmetry: Symmetry, layers: Sequence[Layer]) -> list[int]:
     """Per layer, how many output positions one image has, over all its uses."""
     nodes = {node.name: node for node in symmetry.program.graph.nodes}
@@ -248,7 +322,8 @@ def output_places(symmetry: Symmetry, layers: Sequence[Layer]) -> list[int]:
         for name in layer.nodes:
             shape = nodes[name].args[0].meta["val"].shape
             spatial = output_extents(layer, shape[2:]) if layer.is_convolution else shape[1:-1]
-            total += int(torch.Size([int(s) for s in spatial]).numel())
+            # Windows of attention stand in the batch dimension: they belong to one image all the same.
+            total += _size(spatial) * max(1, _hint(shape[0]) // _hint(_batch(symmetry)))
         totals.append(total)
     return totals
 

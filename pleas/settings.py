@@ -18,7 +18,8 @@ class MergeSettings:
                 "uniform" (the same share everywhere) or "zip" (late layers apart first, as ZipIt! and PLeaS)
     heads:      "shared" (one head, the mean of the parents' logits) or "separate" (one head per parent)
     ridge:      relative to the mean diagonal of the Gram matrix, towards the partial-merge weights
-    positions:  rows taken per image and layer, a seeded choice (design 3)
+    rows:       rows collected per unknown of a layer, over all images; a seeded choice of positions (design 3)
+    positions:  positions of one image at most, however few the images
     min_rows:   rows per unknown below which a layer is refused; under 1 the ridge fills the rest
     """
 
@@ -26,7 +27,8 @@ class MergeSettings:
     allocation: Literal["error", "uniform", "zip"] = "error"
     heads: Literal["shared", "separate"] = "shared"
     ridge: float = 1e-3
-    positions: int = 48
+    rows: int = 16
+    positions: int = 64
     min_rows: float = 0.25
     seed: int = 0
 
@@ -35,7 +37,8 @@ class MergeSettings:
             raise InputError(
                 f"ridge = {self.ridge}: must be > 0, for example 1e-3 (relative to the mean diagonal)"
             )
-        if self.positions < 1:
-            raise InputError(
-                f"positions = {self.positions}: at least one row per image is needed, 48 is the default"
-            )
+        for name in ("rows", "positions"):
+            if getattr(self, name) < 1:
+                raise InputError(
+                    f"{name} = {getattr(self, name)}: must be at least 1 (the defaults are 16 and 64)"
+                )

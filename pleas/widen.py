@@ -55,13 +55,19 @@ def edit_graph(symmetry: Symmetry, layouts: Layouts, layers: tuple[Layer, ...], 
             env[node] = graph.call_module(by_node[node.name].name, (env[node.args[0]],))
         else:
             env[node] = graph.node_copy(node, lambda n: env[n])
+            if node.target in (aten.view.default, aten._unsafe_view.default):
+                env[
+                    node
+                ].target = aten.reshape.default  # a block layer may hand on other strides than the parents'
             edit = EDITS.get(node.target)
             if edit is not None:
                 args = edit(node, layouts, list(env[node].args))
                 env[node].args = tuple(args)
                 if node.target is aten.split.Tensor and isinstance(args[1], list):
                     env[node].target = aten.split_with_sizes.default
-    graph.eliminate_dead_code()
+    for node in reversed(graph.nodes):  # weights that moved into block modules
+        if node.op == "get_attr" and not node.users:
+            graph.erase_node(node)
     graph.lint()
     return graph
 

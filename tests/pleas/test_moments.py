@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from pleas.layers import Layer, flatten_weight, layer_rows, unflatten_weight
 from pleas.moments import Moments, PositionSampler
+from pleas.settings import MergeSettings
 from tests.reference import covariance_by_loop, rows_by_unfold
 
 
@@ -75,8 +76,9 @@ def test_rows_times_canonical_weight_is_the_convolution(groups: int) -> None:
 def test_sampled_positions_are_rows_of_the_whole_and_ignore_batching() -> None:
     x = torch.randn(6, 2, 8, 8)
     layer = convolution(2, 3, 3, 1, 1)
-    sampler = PositionSampler(limit=5, seed=3)
-    positions = sampler(layer, x, 0)
+    settings = MergeSettings(positions=5, seed=3)
+    sampler = PositionSampler(settings, images=6)
+    positions = sampler(layer, x, 6, 0)
     assert positions is not None
     assert positions.shape == (6, 5)
     rows = layer_rows(layer, x, None)[0].view(6, 64, -1)
@@ -84,6 +86,6 @@ def test_sampled_positions_are_rows_of_the_whole_and_ignore_batching() -> None:
         layer_rows(layer, x, positions)[0].view(6, 5, -1),
         rows.gather(1, positions[:, :, None].expand(-1, -1, 18)),
     )
-    parts = torch.cat([sampler(layer, x[:4], 0), sampler(layer, x[4:], 4)])  # type: ignore[list-item]
+    parts = torch.cat([sampler(layer, x[:4], 4, 0), sampler(layer, x[4:], 2, 4)])  # type: ignore[list-item]
     assert torch.equal(parts, positions)
-    assert PositionSampler(limit=64, seed=3)(layer, x, 0) is None
+    assert PositionSampler(MergeSettings(rows=100), images=6)(layer, x, 6, 0) is None
