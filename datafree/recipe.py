@@ -57,7 +57,8 @@ class MergeSpec(Spec):
     matching: Literal["activation", "weight"] = "activation"
     allocation: Literal["error", "uniform", "zip"] = "error"
     ridge: float = Field(default=1e-3, gt=0)
-    positions: int = Field(default=48, ge=1)
+    rows: int = Field(default=16, ge=1)
+    positions: int = Field(default=64, ge=1)
     min_rows: float = Field(default=0.25, ge=0)
     batch: int = Field(default=64, ge=1)
 
@@ -90,6 +91,7 @@ class MergeSpec(Spec):
             allocation=self.allocation,
             heads=labels,
             ridge=self.ridge,
+            rows=self.rows,
             positions=self.positions,
             min_rows=self.min_rows,
             seed=seed,

@@ -57,6 +57,7 @@ def gather_evidence(work: Work, parents: Parents, symmetry: pleas.Symmetry, inpu
     meaning = {
         "parents": parents.fingerprint,
         "images": inputs.fingerprint,
+        "rows": merge.rows,
         "positions": merge.positions,
         "batch": merge.batch,
         "seed": settings.seed,
@@ -67,7 +68,9 @@ def gather_evidence(work: Work, parents: Parents, symmetry: pleas.Symmetry, inpu
     moved_a, moved_b = (copy.deepcopy(module).to(work.device) for module in (a, b))
 
     def first_pass() -> pleas.Statistics:
-        return pleas.collect(symmetry, moved_a, moved_b, inputs, settings, progress=work.progress)
+        return pleas.collect(
+            symmetry, moved_a, moved_b, inputs, settings, images=inputs.count, progress=work.progress
+        )
 
     def second_pass() -> pleas.Statistics:
         both = pleas.collect_grouped(

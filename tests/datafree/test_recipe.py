@@ -41,7 +41,7 @@ def _with(old: str, new: str) -> str:
 def test_a_good_recipe_and_its_defaults() -> None:
     recipe = parse_recipe(GOOD, "r.yaml").recipe
     assert recipe.merge.budgets == (1.0, 1.25)
-    assert (recipe.merge.apart, recipe.merge.positions, recipe.merge.ridge) == (None, 48, 1e-3)
+    assert (recipe.merge.apart, recipe.merge.positions, recipe.merge.ridge) == (None, 64, 1e-3)
     assert (recipe.seed, recipe.labels, recipe.oracle, recipe.proxy.allow_leak) == (0, "shared", None, False)
     settings = recipe.merge.settings(recipe.labels, 7)
     assert (settings.heads, settings.seed, settings.matching) == ("shared", 7, "activation")
@@ -129,7 +129,7 @@ def test_a_resolved_recipe_runs_again_from_its_new_place(tmp_path: Path) -> None
     assert again.base == loaded.base == tmp_path / "recipes"
     assert again.recipe.fingerprint() == loaded.recipe.fingerprint()
     assert str(tmp_path) not in loaded.resolved(out), "an absolute path would tie it to this machine"
-    assert parse(loaded.resolved(out), "resolved").data["merge"]["positions"] == 48, "defaults are spelt out"
+    assert parse(loaded.resolved(out), "resolved").data["merge"]["positions"] == 64, "defaults are spelt out"
 
 
 def test_errors_raised_inside_a_section_get_its_place() -> None:
