@@ -8,6 +8,7 @@ for images in proxies.batches(64): ...        # uint8 (n, channels, height, widt
 from __future__ import annotations
 
 # Every import of a source registers its kind; they come before `build`, whose recipe section lists the kinds.
+from datafree.proxy.diffusion import DiffusionSpec
 from datafree.proxy.images import ImagesSpec
 from datafree.proxy.inversion import InversionSpec
 from datafree.proxy.noise import NoiseSpec
@@ -26,6 +27,7 @@ from datafree.proxy.source import SHARD, SOURCES, Request, Shard, Source, Source
 __all__ = [
     "SHARD",
     "SOURCES",
+    "DiffusionSpec",
     "ImagesSpec",
     "InversionSpec",
     "NoiseSpec",

@@ -46,7 +46,7 @@ class ProxySpec(Spec):
             interleave([source.share for source in self.sources], 0)
         except UsageError as error:
             raise ValueError(str(error)) from error
-        texts = [source.model_dump_json(exclude={"share"}) for source in self.sources]
+        texts = [source.model_dump_json(exclude=set(source.irrelevant)) for source in self.sources]
         twice = next((text for text, uses in Counter(texts).items() if uses > 1), None)
         if twice is not None:
             raise ValueError(
@@ -202,7 +202,7 @@ def build_proxies(
     before = 0
     for source_spec, source, count in bound:
         kind = kind_of(source_spec)
-        section = source_spec.model_dump(mode="json", exclude={"share"})
+        section = source_spec.model_dump(mode="json", exclude=set(source_spec.irrelevant))
         folder = ShardFolder(
             cache,
             kind,
@@ -265,8 +265,7 @@ def common_input(parents: Sequence[Parent]) -> tuple[tuple[int, int], int]:
         )
         raise UsageError(
             f"the parents take different images ({each}), but proxies are made once and shown to both in "
-            "the same pixels: "
-            "give both the same preprocess.size and the same number of channels"
+            "the same pixels: give both the same preprocess.size and the same number of channels"
         )
     (size, channels) = sizes.pop()
     return (size[0], size[1]), channels

@@ -183,6 +183,5 @@ def _write(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
         raise RunError(
             f"the cache file {path} could not be written ({error.strerror}): free space or name another "
-            "cache folder, "
-            "and run again; finished shards are kept"
+            "cache folder, and run again; finished shards are kept"
         ) from error

@@ -74,8 +74,7 @@ class _Images:
             named = "; ".join(self._broken[:5])
             raise UsageError(
                 f"{len(self._broken)} of the {self._tried} images tried in {self._images.name} cannot be "
-                f"read ({named}): "
-                "fetch them again, remove them, or ask for fewer"
+                f"read ({named}): fetch them again, remove them, or ask for fewer"
             )
         images = self._images.batch(chosen)
         facts: dict[str, Any] = {"hashes": [content_hash(image.numpy()) for image in images]}

@@ -50,8 +50,8 @@ class InversionSpec(SourceSpec):
 
     kind: Literal["inversion"] = "inversion"
     mode: Literal["split", "joint"] = "split"
-    steps: int = pydantic.Field(default=60, ge=1)
-    rate: float = pydantic.Field(default=0.05, gt=0)
+    steps: int = pydantic.Field(default=20, ge=1)
+    rate: float = pydantic.Field(default=0.03, gt=0)
     smooth: float = pydantic.Field(default=0.05, ge=0)
     jitter: float = pydantic.Field(default=0.0625, ge=0, le=0.5)
     flip: bool = True
@@ -179,8 +179,7 @@ class _Inversion:
             if not torch.isfinite(loss):
                 raise RunError(
                     f"inversion of {' and '.join(target.parent.name for target in targets)} met a loss "
-                    "that is not finite "
-                    f"at step {step + 1}: lower proxy rate ({spec.rate:g})"
+                    f"that is not finite at step {step + 1}: lower proxy rate ({spec.rate:g})"
                 )
             optimiser.step()
             with torch.no_grad():

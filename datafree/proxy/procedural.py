@@ -18,8 +18,7 @@ from datafree.spec import Spec
 
 _NOTE = (
     "procedural images are good for matching units but 20 to 40 points worse than photographs or "
-    "inverted images for a "
-    "ResNet-20's least squares"
+    "inverted images for a ResNet-20's least squares"
 )
 
 

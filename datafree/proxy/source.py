@@ -91,6 +91,7 @@ class SourceSpec(Spec, ABC):
     """
 
     version: ClassVar[int] = 1  # raised whenever the same section would give other pixels
+    irrelevant: ClassVar[frozenset[str]] = frozenset({"share"})  # keys that change no pixel
     share: float = pydantic.Field(default=1.0, gt=0, le=1)
 
     @abstractmethod
