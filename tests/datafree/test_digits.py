@@ -74,7 +74,7 @@ def test_a_probe_trains_nothing_and_says_so(quick: Path) -> None:
     assert "digits:upright is not trained yet: a merge trains it first" in probed.notes[0]
     assert not list(quick.iterdir())
     state = probed.module.state_dict()
-    assert not torch.equal(state["bn1.running_var"], torch.ones(24))  # as an inversion demands of a parent
+    assert not torch.equal(state["bn1.running_var"], torch.ones(32))  # as an inversion demands of a parent
     assert probed.fingerprint != parent("upright", quick).fingerprint
 
 
