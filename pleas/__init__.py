@@ -9,9 +9,10 @@ from pleas.errors import InputError, MergeFailed, PleasError
 from pleas.matching import match
 from pleas.merge import LayerEvidence, MergeResult, assemble, check_parents, merge
 from pleas.module import MergedNetwork, flops, module_from_config, program_config
-from pleas.moments import Moments, Statistics, collect, collect_grouped
+from pleas.moments import Moments
 from pleas.plan import Plan, make_plan
 from pleas.settings import MergeSettings
+from pleas.statistics import Statistics, collect, collect_grouped
 from pleas.symmetry import Permutation, Symmetry, trace
 
 __all__ = [

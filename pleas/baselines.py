@@ -48,7 +48,8 @@ def _average(symmetry: Symmetry, a: nn.Module, b: Mapping[str, Tensor]) -> nn.Mo
         if state[name].shape != b[name].shape:
             raise InputError(
                 f"'{name}' is {tuple(state[name].shape)} in A and {tuple(b[name].shape)} in B: "
-                "weights of different shapes have no average. With different label sets, average the parents without their heads."
+                "weights of different shapes have no average. With different label sets, average the "
+                "parents without their heads."
             )
         state[name] = (state[name] + b[name]) / 2
     merged.load_state_dict(state)

@@ -10,8 +10,9 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from pleas.layers import Layer, find_layers
-from pleas.moments import Statistics
+from pleas.rows import is_wide, output_covariance
 from pleas.settings import MergeSettings
+from pleas.statistics import Statistics
 from pleas.symmetry import (
     Axis,
     Permutation,
@@ -62,6 +63,12 @@ def activation_similarities(
         if layer.name in statistics.units:
             covariance = statistics.units[layer.name].covariance[0]
             found[layer.weight, 1] = _correlation(*_blocks(covariance))
+            continue
+        if is_wide(layer):  # its inputs are the outputs of another layer: matched there
+            covariances = output_covariance(
+                statistics.rows[layer.name], *(layer.matrix(s)[0] for s in states)
+            )
+            found[layer.weight, 0] = _correlation(*covariances)
             continue
         blocks = _blocks(statistics.joint[layer.name].covariance[0])
         found[layer.weight, 1] = _correlation(*(_sum_taps(block, layer) for block in blocks))

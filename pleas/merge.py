@@ -14,8 +14,9 @@ from pleas.layers import BatchNorm, Layer, find_layers, find_norms, unflatten_we
 from pleas.layout import FUSED, Layout, plain_layout
 from pleas.matching import match
 from pleas.module import BlockLayer, build_network, flops
-from pleas.moments import Batch, Moments, Progress, Statistics, collect, collect_grouped
+from pleas.moments import Moments
 from pleas.plan import Plan, make_plan
+from pleas.rows import is_wide, solve_rows
 from pleas.settings import MergeSettings
 from pleas.solve import (
     Block,
@@ -27,6 +28,7 @@ from pleas.solve import (
     solve,
     solve_grouped,
 )
+from pleas.statistics import Batch, Progress, Statistics, collect, collect_grouped
 from pleas.symmetry import Permutation, Symmetry, permute_state, position_maps, state_of, trace
 from pleas.widen import Layouts, edit_graph
 
@@ -230,8 +232,14 @@ def _solve_layer(
         moments = statistics.grouped[layer.name]
         return solve_grouped(layer, moments, a, b, inputs, outputs, settings.ridge, settings.min_rows)
     alignment = maps.get((layer.weight, 1), torch.arange(layer.channels))
+    blocks = blocks_of(layer, inputs, outputs)
+    if is_wide(layer):
+        rows = statistics.rows[layer.name]
+        return solve_rows(
+            layer, rows, a, b, alignment, inputs, outputs, blocks, settings.ridge, settings.min_rows
+        )
     problem = pose(layer, statistics.joint[layer.name], a, b, alignment, inputs, outputs)
-    return solve(layer, problem, blocks_of(layer, inputs, outputs), settings.ridge, settings.min_rows)
+    return solve(layer, problem, blocks, settings.ridge, settings.min_rows)
 
 
 def _evidence(layer: Layer, solution: LayerSolution) -> LayerEvidence:

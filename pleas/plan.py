@@ -18,8 +18,9 @@ from torch import Tensor, fx, nn
 from pleas.errors import InputError
 from pleas.layers import CONVOLUTION, LINEAR, Layer, find_layers, output_extents
 from pleas.layout import ClassPlan
-from pleas.moments import Statistics
+from pleas.rows import is_wide, position_costs
 from pleas.settings import MergeSettings
+from pleas.statistics import Statistics
 from pleas.symmetry import DimUnits, Permutation, Symmetry, permute_state, position_maps, state_of
 
 aten = torch.ops.aten
@@ -243,8 +244,8 @@ def _side(units: DimUnits) -> _Side:
 
 @dataclass(frozen=True)
 class _Product:
-    """A contraction that is not a layer (attention, a computed or transposed weight): all of it is computed, so it costs a
-    constant times the product of its dimensions' sizes."""
+    """A contraction that is not a layer (attention, a computed or transposed weight): all of it is computed, so it
+    costs a constant times the product of its dimensions' sizes."""
 
     factor: int
     sides: tuple[_Side, ...]
@@ -355,6 +356,12 @@ def fusing_costs(
             _add_grouped_costs(layer, units, statistics, weights, costs)
             continue
         alignment = maps.get((layer.weight, 1), torch.arange(layer.channels))
+        if is_wide(layer):
+            per_position = position_costs(statistics.rows[layer.name], *weights, alignment)
+            for c in readable:
+                here = units.cls == c
+                costs[c].index_add_(0, units.unit[here], per_position[here])
+            continue
         residual, scale = _lost_covariance(layer, statistics, weights, alignment)
         for c in readable:
             index = _positions_of_units(units, c, symmetry.classes[c].size, layer)

@@ -5,8 +5,9 @@ import torch
 from torch.nn import functional as F
 
 from pleas.layers import Layer, flatten_weight, layer_rows, unflatten_weight
-from pleas.moments import Moments, PositionSampler
+from pleas.moments import Moments
 from pleas.settings import MergeSettings
+from pleas.statistics import PositionSampler
 from tests.reference import covariance_by_loop, rows_by_unfold
 
 

@@ -8,6 +8,7 @@ from pleas.layers import Layer
 from pleas.layout import A_ONLY, B_ONLY, FUSED, ClassPlan, Layout, lay_out
 from pleas.matching import best_assignment
 from pleas.moments import Moments
+from pleas.rows import Rows, solve_rows
 from pleas.solve import blocks_of, mixing, pose, ridge_solve, solve, solve_grouped
 from pleas.symmetry import DimUnits
 from tests.reference import assignment_by_enumeration, ridge_by_lstsq
@@ -256,3 +257,21 @@ def test_mixing_of_kinds() -> None:
     a, b = mixing(half_apart(3, [1]))
     assert a.tolist() == [1, 0.5, 0.5, 0]
     assert b.tolist() == [0, 0.5, 0.5, 1]
+
+
+@pytest.mark.parametrize(("apart_in", "apart_out"), PLANS)
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_dual_form_over_rows_is_the_same_minimum(
+    apart_in: list[int], apart_out: list[int], bias: bool
+) -> None:
+    s = Setting(apart_in, apart_out, bias=bias)
+    blocks = blocks_of(s.layer, s.inputs, s.outputs)
+    own = torch.empty_like(s.rows_b)
+    own[:, s.alignment] = s.rows_b
+    rows = Rows(s.c)
+    for part in torch.cat([s.rows_a, own], 1).split(64):
+        rows.add(part)
+    primal = solve(s.layer, s.problem, blocks, 1e-2, 0.25)
+    dual = solve_rows(s.layer, rows, s.a, s.b, s.alignment, s.inputs, s.outputs, blocks, 1e-2, 0.0)
+    for name in ("weight", "bias", "residual", "target"):
+        torch.testing.assert_close(getattr(dual, name), getattr(primal, name), rtol=1e-4, atol=1e-4)
