@@ -231,9 +231,9 @@ def test_two_architectures_are_refused_with_the_tensors_that_differ() -> None:
 def test_damaged_weights_and_exploding_activations_are_named() -> None:
     a, b = (copy.deepcopy(m) for m in parents("residual"))
     next(iter(b.parameters())).data[0] = float("nan")
-    with pytest.raises(NonFinite, match="parent b: weights '.*' hold NaN"):
+    with pytest.raises(NonFinite, match=r"parent b: weights '.*' hold NaN"):
         pleas.merge(a, b, [images("residual")], budget=1.0)
-    with pytest.raises(NonFinite, match="parent a: the input of layer '.*' is NaN or infinite"):
+    with pytest.raises(NonFinite, match=r"parent a: the input of layer '.*' is NaN or infinite"):
         pleas.merge(a, a, [images("residual") * float("inf")], budget=1.0)
 
 
