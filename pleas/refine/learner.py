@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pleas.refine.norms import use_batch_statistics
 from pleas.refine.settings import RefineSettings
 
 State = Mapping[str, Any]  # tensors, numbers and text in plain dicts and lists
@@ -20,18 +21,19 @@ class Diverged(Exception):
 
 
 class Learner:
-    """A copy of `module` whose every weight is trained by Adam; batch norms keep their running statistics.
+    """A copy of `module` whose every weight is trained by Adam.
 
-    network: in training            average: the same network with the moving average of the weights
+    network: in training            average: the same network with moving averages in place of the weights, and of
+    the batch norms' statistics; in evaluation mode
     """
 
     def __init__(self, module: nn.Module, settings: RefineSettings, device: torch.device) -> None:
         self.network = laid_out(copy.deepcopy(module).to(device)).eval().requires_grad_(True)
         self.average = copy.deepcopy(self.network).requires_grad_(False)
         self.settings, self.step = settings, 0
-        self._weights = dict(self.network.named_parameters())
-        self._averaged = dict(self.average.named_parameters())
-        self._optimiser = torch.optim.Adam(self._weights.values(), lr=settings.rate)
+        use_batch_statistics(self.network, settings.batch_statistics)
+        self._weights, self._averaged = _floating(self.network), _floating(self.average)
+        self._optimiser = torch.optim.Adam(self.network.parameters(), lr=settings.rate)
 
     def learn(self, loss: Tensor, rate: float) -> None:
         """One step. Raises Diverged, weights untouched, for a loss or gradient that is not finite."""
@@ -39,7 +41,7 @@ class Learner:
             raise Diverged(f"the loss became {float(loss.detach())}")
         self._optimiser.zero_grad(set_to_none=True)
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(self._weights.values(), self.settings.clip)
+        norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.settings.clip)
         if not torch.isfinite(norm):
             raise Diverged(f"the gradient's norm became {float(norm)}")
         self._optimiser.param_groups[0]["lr"] = rate
@@ -83,12 +85,18 @@ def schedule(done: float, warmup: float) -> float:
 
 
 def with_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
-    """A copy of `module` with these parameters; everything else, memory layout included, stays its own."""
+    """A copy of `module` with these numbers; everything else, memory layout included, stays its own."""
     result = copy.deepcopy(module)
     with torch.no_grad():
-        for name, parameter in result.named_parameters():
-            parameter.copy_(weights[name])
+        for name, value in _floating(result).items():
+            value.copy_(weights[name])
     return result
+
+
+def _floating(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name, without the whole numbers among them (counts and indices)."""
+    named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    return {name: value for name, value in named.items() if value.is_floating_point()}
 
 
 def laid_out(value: Any) -> Any:

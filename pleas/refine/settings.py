@@ -24,6 +24,8 @@ class RefineSettings:
     clip:         largest norm of the gradient over all weights
     average:      decay per step of the moving average of the weights, which is what is judged and kept;
                   0: none
+    batch_statistics: batch norms normalise by the batch at hand while training and keep a running mean of its
+                  statistics; False: they keep those that the merge gave them
     views:        how many augmented batches there are before they come round again, so that the parents
                   answer each of them once; 0: a new batch every step
     holdout:      share of the images never trained on, on which the result is judged
@@ -43,6 +45,7 @@ class RefineSettings:
     joint_weight: float = 0.0
     clip: float = 1.0
     average: float = 0.99
+    batch_statistics: bool = True
     views: int = 0
     holdout: float = 0.1
     checks: int = 20

@@ -81,7 +81,7 @@ def refine(
     checkpoint: Callable[[State], None] | None = None,
     progress: Progress | None = None,
 ) -> RefineResult:
-    """Train all weights of `module` to answer as its parents do; batch norms keep their statistics.
+    """Train all weights of `module` to answer as its parents do.
 
     images:      proxies, uint8 (N, C, H, W)
     normalise:   makes them the merged network's input; normalise_a, normalise_b: a parent's, where it differs
@@ -105,7 +105,7 @@ def refine(
     )
     judge = _Judge(held, parents, normalise, settings, device)
     learner = Learner(module, settings, device)
-    start = judge(learner.network)
+    start = judge(learner.average)
     if not start.finite:
         raise NonFinite(
             "the merged network returns NaN or infinity on proxy images before any refining: see the merge"

@@ -117,10 +117,13 @@ def test_nothing_that_was_given_is_changed() -> None:
     assert not a.training
 
 
-def test_batch_norm_keeps_its_statistics() -> None:
-    result = run()
-    for name, value in net(1).named_buffers():
-        assert torch.equal(result.module.get_buffer(name), value)
+@pytest.mark.parametrize("moves", [True, False])
+def test_batch_norms_follow_the_batches_or_keep_their_statistics(moves: bool) -> None:
+    result = run(net(3), replace(SHORT, batch_statistics=moves))
+    assert result.kept == "refined"
+    before, after = (dict(module.named_buffers()) for module in (net(3), result.module))
+    assert all(torch.equal(before[name], after[name]) != moves for name in before if "running" in name)
+    assert not any(module.training for module in result.module.modules())
 
 
 def test_a_start_that_cannot_be_bettered_is_kept() -> None:
