@@ -13,7 +13,7 @@ import os
 import re
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -293,13 +293,17 @@ def _data_key(loc: tuple[int | str, ...], data: Any, kind: str) -> Key:
     """Pydantic's location without the names of union members, which stand in it but not in the file."""
     key: list[int | str] = []
     for position, part in enumerate(loc):
-        keys = range(len(data)) if isinstance(data, list) else data if isinstance(data, dict) else ()
-        if part in keys:
+        if part in _parts(data):
             key.append(part)
             data = data[part]
         elif kind == "missing" and position == len(loc) - 1:
             key.append(part)
     return tuple(key)
+
+
+def _parts(data: Any) -> Container[Any]:
+    """The keys of a mapping, the indices of a list; nothing inside anything else."""
+    return range(len(data)) if isinstance(data, list) else data if isinstance(data, dict) else ()
 
 
 def _message(detail: Any, key: Key) -> str:
