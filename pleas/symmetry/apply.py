@@ -76,31 +76,31 @@ def permute_state(
 ) -> dict[str, Tensor]:
     """A state dict of the same function with its units permuted; tensors that stay in place are shared."""
     maps = position_maps(symmetry, permutation)
-    by_tensor: dict[str, dict[int, Tensor]] = {}
-    for (name, dim), places in maps.items():
-        by_tensor.setdefault(name, {})[dim] = places
-    result = dict(state)
-    for name in state:
-        dims = by_tensor.get(symmetry.program.tied.get(name, name), {})
-        groups = symmetry.groups.get(symmetry.program.tied.get(name, name), 1)
-        for dim, places in sorted(dims.items(), reverse=True):
-            if dim == 1 and groups > 1:
-                result[name] = _gather_grouped(result[name], places, dims.get(0), groups)
-            else:
-                result[name] = result[name].index_select(dim, places.to(result[name].device))
-    return result
+    return {name: permute_tensor(symmetry, maps, name, tensor) for name, tensor in state.items()}
 
 
-def _gather_grouped(weight: Tensor, places: Tensor, rows: Tensor | None, groups: int) -> Tensor:
-    """Permute the inner axis of a grouped weight, rows still in B's order.
+def permute_tensor(
+    symmetry: Symmetry, maps: Mapping[tuple[str, int], Tensor], name: str, tensor: Tensor
+) -> Tensor:
+    """One tensor of a state dict under the maps of `position_maps`."""
+    name = symmetry.program.tied.get(name, name)
+    groups = symmetry.groups.get(name, 1)
+    for dim in range(tensor.dim()):
+        places = maps.get((name, dim))
+        if places is not None and dim == 1 and groups > 1:
+            tensor = _gather_grouped(tensor, places, groups)
+        elif places is not None:
+            tensor = tensor.index_select(dim, places.to(tensor.device))
+    return tensor
 
-    A whole group of B comes to one place; its rows keep their own inner order until rows are permuted, so the
-    inner map of a row is that of the group its row will stand in.
+
+def _gather_grouped(weight: Tensor, places: Tensor, groups: int) -> Tensor:
+    """Permute the inner axis of a grouped weight whose rows are in their new order already.
+
+    places is over the virtual axis (group, index): at each group's place, all from one group of the source. The rows
+    of that group have come to the same place, so only the index within the group is left to gather.
     """
     inner, per_group = weight.shape[1], weight.shape[0] // groups
-    within = places.reshape(groups, inner) % inner  # place group, place index -> index within B's group
-    origin = places.reshape(groups, inner)[:, 0] // inner  # place group -> B's group
-    order = torch.empty_like(within)
-    order[origin] = within
-    index = order.repeat_interleave(per_group, 0).reshape(*weight.shape[:2], *(1,) * (weight.dim() - 2))
+    within = (places.reshape(groups, inner) % inner).repeat_interleave(per_group, 0)
+    index = within.reshape(*weight.shape[:2], *(1,) * (weight.dim() - 2))
     return weight.gather(1, index.to(weight.device).expand(weight.shape))

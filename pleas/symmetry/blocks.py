@@ -13,6 +13,7 @@ Both only make the group smaller.
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 
 import numpy as np
@@ -127,5 +128,5 @@ def _chains(leaves: Leaves) -> dict[int, list[int]]:
 
 def _crossing(leaves: Leaves) -> list[tuple[int, int]]:
     """Pairs of blocks that overlap, neither inside the other (neighbours in a chain suffice to find one)."""
-    pairs = {pair for chain in _chains(leaves).values() for pair in zip(chain, chain[1:], strict=False)}
+    pairs = {pair for chain in _chains(leaves).values() for pair in itertools.pairwise(chain)}
     return sorted(pair for pair in pairs if not leaves[pair[0]] <= leaves[pair[1]])

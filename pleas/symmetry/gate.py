@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from pleas.errors import GateFailed
-from pleas.symmetry.apply import Permutation, permute_state, random
+from pleas.symmetry.apply import Permutation, permute_tensor, position_maps, random
 from pleas.symmetry.groups import Symmetry, coupled
 from pleas.symmetry.program import execute, logits_of, state_of
 
@@ -57,7 +57,7 @@ class _Gate:
 
     def error(self, permutation: Permutation | None) -> float:
         """Relative difference of the output on permuted (None: untouched) weights."""
-        state = self.state if permutation is None else permute_state(self.symmetry, self.state, permutation)
+        state = self.state if permutation is None else _Permuted(self.symmetry, self.state, permutation)
         output = self._run(state)
         return float((output - self.expected).abs().max()) / max(float(self.expected.abs().max()), 1e-300)
 
@@ -91,6 +91,22 @@ class _Gate:
             f"{GATE_TOLERANCE:.0e} is allowed. The symmetry rule of an op between these parameters is wrong; please "
             "report the model."
         )
+
+
+class _Permuted(Mapping[str, Tensor]):
+    """A permuted state, one tensor at a time, so that it takes no memory of its own."""
+
+    def __init__(self, symmetry: Symmetry, state: Mapping[str, Tensor], permutation: Permutation) -> None:
+        self.symmetry, self.state, self.maps = symmetry, state, position_maps(symmetry, permutation)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return permute_tensor(self.symmetry, self.maps, name, self.state[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.state)
+
+    def __len__(self) -> int:
+        return len(self.state)
 
 
 def _jitter(module: nn.Module, generator: torch.Generator) -> None:

@@ -27,6 +27,8 @@ __all__ = ["Program", "execute", "export_program", "logits_of", "state_of"]
 aten = torch.ops.aten
 
 KEPT_WHOLE = (aten.linear.default, aten.scaled_dot_product_attention.default)
+# What torch.export raises when it cannot follow a forward: its own errors are RuntimeErrors, the model's are the rest.
+EXPORT_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, AssertionError, LookupError)
 LARGE_CONSTANT = 1024  # elements; a lifted float constant above this is mentioned in the notes
 
 
@@ -65,10 +67,10 @@ def _export(model: nn.Module, example: Tensor) -> tuple[ExportedProgram, list[st
     with torch.no_grad():
         try:
             exported = torch.export.export(model, (example,), dynamic_shapes=auto)
-        except Exception as dynamic_error:  # export raises many kinds; the second attempt decides
+        except EXPORT_ERRORS as dynamic_error:
             try:
                 exported = torch.export.export(model, (example,))
-            except Exception as error:
+            except EXPORT_ERRORS as error:
                 raise UnsupportedModel(
                     f"torch.export cannot follow the forward of {type(model).__name__} on one image batch of shape "
                     f"{tuple(example.shape)}: {_first_line(error)}. Usually this means control flow that depends on "

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from pleas.symmetry.algebra import drop_dims, move
+from pleas.symmetry.contractions import space_mixed
 from pleas.symmetry.labels import Val, canonical, positions, squash, varying
-from pleas.symmetry.rules import Op, Result, rule, space_mixed, unlisted
+from pleas.symmetry.rules import Op, Result, rule, unlisted
 
 
 @rule("view", "_unsafe_view", "reshape", "flatten", "unflatten", "_reshape_copy", "view_copy")

@@ -68,13 +68,10 @@ def execute(
         if node.op == "placeholder":
             for parent, batch in zip(values, inputs, strict=True):
                 parent[node] = batch
-        elif node.op == "get_attr":
-            for parent, state in zip(values, states, strict=True):
-                parent[node] = state[node.target]
         elif node.op == "output":
             return [parent[node.args[0]] for parent in values]
-        else:
-            args, kwargs = _resolve(node, values, inputs, exported)
+        elif node.op == "call_function":
+            args, kwargs = _resolve(node, values, states, inputs, exported)
             if visit is not None:
                 visit(node, args, kwargs)
             for parent, a, k in zip(values, args, kwargs, strict=True):
@@ -108,28 +105,34 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
-    """node -> the values nobody needs after it."""
+    """node -> the values nobody needs after it (states are looked up when needed, not held)."""
     seen: set[fx.Node] = set()
     dead: dict[fx.Node, list[fx.Node]] = {}
     for node in reversed(graph.nodes):
-        if node.op == "output":
-            seen.update(node.all_input_nodes)
+        if node.op == "get_attr":
             continue
-        unread = [source for source in (*node.all_input_nodes, node) if source not in seen]
+        unread = [n for n in (*node.all_input_nodes, node) if n not in seen and n.op != "get_attr"]
         seen.update(unread)
-        if unread:
+        if unread and node.op != "output":
             dead[node] = unread
     return dead
 
 
 def _resolve(
-    node: fx.Node, values: Sequence[Mapping[fx.Node, Any]], like: Sequence[Tensor], exported: torch.dtype
+    node: fx.Node,
+    values: Sequence[Mapping[fx.Node, Any]],
+    states: Sequence[Mapping[str, Tensor]],
+    inputs: Sequence[Tensor],
+    exported: torch.dtype,
 ) -> tuple[list[tuple[Any, ...]], list[dict[str, Any]]]:
     """Every parent's arguments. Export writes down its own device and precision; follow the inputs instead."""
-    args = [map_arg(node.args, parent.__getitem__) for parent in values]
-    kwargs = [map_arg(node.kwargs, parent.__getitem__) for parent in values]
-    if node.kwargs.get("device") is not None:
-        kwargs = [{**k, "device": batch.device} for k, batch in zip(kwargs, like, strict=True)]
-    if node.kwargs.get("dtype") is exported:
-        kwargs = [{**k, "dtype": batch.dtype} for k, batch in zip(kwargs, like, strict=True)]
-    return args, kwargs
+    resolved = []
+    for parent, state, batch in zip(values, states, inputs, strict=True):
+        found = {n: state[n.target] if n.op == "get_attr" else parent[n] for n in node.all_input_nodes}  # type: ignore[index]
+        args, kwargs = map_arg((node.args, node.kwargs), found.__getitem__)
+        if kwargs.get("device") is not None:
+            kwargs = {**kwargs, "device": batch.device}
+        if kwargs.get("dtype") is exported:
+            kwargs = {**kwargs, "dtype": batch.dtype}
+        resolved.append((args, kwargs))
+    return [args for args, _ in resolved], [kwargs for _, kwargs in resolved]

@@ -9,17 +9,20 @@ import torch
 from torch import nn
 
 from pleas.errors import UnsupportedModel
+from pleas.symmetry.blocks import ROOT
+from pleas.symmetry.contractions import BILINEAR
 from pleas.symmetry.groups import Axis, DimUnits, Symmetry, UnitClass, Unlisted
 from pleas.symmetry.labels import Ledger
 from pleas.symmetry.program import Program, named_tensors, state_of
-from pleas.symmetry.blocks import ROOT
 from pleas.symmetry.solve import Forest, solve
 from pleas.symmetry.tracking import Tracked, track
+from pleas.symmetry.widening import obstacles
 
 Stand = dict[
     int, dict[int, np.ndarray]
 ]  # unit -> touch -> ascending positions, those of inner units included
 
+INNER = "inner units have to be as many in every unit"
 ALONE = "no other position plays the same role"
 
 
@@ -28,9 +31,9 @@ def build(program: Program, model: nn.Module) -> Symmetry:
     tracked = track(program, model)
     forest = solve(tracked.ledger)
     builder = _Builder(tracked, forest)
-    classes = builder.top()
-    shapes = {name: tuple(tensor.shape) for name, tensor in state_of(program, model).items()}
     place = _place(tracked.ledger, forest, builder.units)
+    classes = builder.top(obstacles(program.graph, tracked.values, place))
+    shapes = {name: tuple(tensor.shape) for name, tensor in state_of(program, model).items()}
     axes = _axes(tracked.ledger, place)
     _check_coverage(program, shapes, axes)
     return Symmetry(
@@ -56,11 +59,10 @@ class _Builder:
         self.stand = _stands(tracked.ledger, forest)
         self.marked = _marked(tracked.ledger, forest)
         self.output = set(forest.unit_of[tracked.output].tolist())
-        self.units: list[list[int]] = []
-
-    def top(self) -> tuple[UnitClass, ...]:
         self.units = self._freedoms(ROOT)
-        return tuple(self._make(units, str(k)) for k, units in enumerate(self.units))
+
+    def top(self, ragged: Mapping[int, str]) -> tuple[UnitClass, ...]:
+        return tuple(self._make(units, str(k), ragged.get(k, "")) for k, units in enumerate(self.units))
 
     def _freedoms(self, unit: int) -> list[list[int]]:
         """Classes of exchangeable units inside a unit; a unit without partner passes on its own inner classes."""
@@ -69,7 +71,7 @@ class _Builder:
             found += [units] if len(units) > 1 else self._freedoms(units[0])
         return found
 
-    def _make(self, units: list[int], name: str) -> UnitClass:
+    def _make(self, units: list[int], name: str, ragged: str) -> UnitClass:
         stands = [self.stand[u] for u in units]
         axes = []
         for touch in stands[0]:
@@ -77,19 +79,21 @@ class _Builder:
             index = torch.from_numpy(np.stack([stand[touch] for stand in stands]))
             axes.append(Axis(born.tensor, born.dim, index))
         inner = [self._freedoms(u) for u in units]
-        children = tuple(tuple(self._make(c, f"{name}.{j}") for j, c in enumerate(f)) for f in inner)
-        kind = self._kind(units, bool(children[0]))
-        reason = "it is the output" if kind == "output" else self._obstacle(units)
+        children = tuple(tuple(self._make(c, f"{name}.{j}", INNER) for j, c in enumerate(f)) for f in inner)
+        kind = self._kind(units, children[0])
+        reason = "it is the output" if kind == "output" else self._mark(units) or ragged
         return UnitClass(
             name, len(units), kind, tuple(axes), children if children[0] else (), not reason, reason
         )
 
-    def _kind(self, units: list[int], nested: bool) -> str:
+    def _kind(self, units: list[int], inner: tuple[UnitClass, ...]) -> str:
         if any(u in self.output for u in units):
             return "output"
-        return "group" if nested else "channel"
+        if not inner:
+            return "channel"
+        return "head" if any(c.reason == BILINEAR for c in inner) else "group"
 
-    def _obstacle(self, units: list[int]) -> str:
+    def _mark(self, units: list[int]) -> str:
         return next((self.marked[u] for u in units if u in self.marked), "")
 
 

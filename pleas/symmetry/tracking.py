@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
-from pleas.symmetry import moves
+from pleas.symmetry import averages, contractions, moves
 from pleas.symmetry.algebra import Algebra, anonymous
 from pleas.symmetry.labels import Ledger, Shape, Val, along, positions
 from pleas.symmetry.program import Program, state_of
@@ -20,7 +20,7 @@ from pleas.symmetry.rewrites import module_path
 from pleas.symmetry.rules import Op, Result, op_name, rule_for, unlisted
 
 aten = torch.ops.aten
-assert moves  # its rules enter the table on import
+RULE_MODULES = (averages, contractions, moves)  # importing them fills the table of rules
 
 FOLDED = 1 << 24  # constants up to this many elements are computed, to serve as indices
 
@@ -53,6 +53,7 @@ class Tracker:
         self.program, self.state = program, state
         self.ledger = Ledger()
         self.values: dict[fx.Node, Any] = {}
+        self.dynamic: set[fx.Node] = set()  # nodes that depend on the image
         self.unruled: list[Unruled] = []
         self.groups = _grouped_weights(program.graph)
         self.statistics = _running_statistics(program.graph)
@@ -75,6 +76,7 @@ class Tracker:
         if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool | int | float | bool):
             return hint(value)
         if node.target is operator.getitem:
+            self.dynamic |= {node} if self._depends(node.args[0]) else set()
             return self.values[node.args[0]][node.args[1]]  # type: ignore[index]
         return self._call(node)
 
@@ -114,7 +116,10 @@ class Tracker:
         name = op_name(target) if isinstance(target, torch._ops.OpOverload) else str(target)
         where = module_path(node)
         reason = f"{name} in {where or 'the model'} fixes its position"
-        op = Op(node, name, args, shapes, Algebra(self.ledger, node.name, reason))
+        dynamic = frozenset(k for k, v in _named_arguments(node, lambda a: a).items() if self._depends(v))
+        op = Op(node, name, args, shapes, Algebra(self.ledger, node.name, reason), dynamic)
+        if any(self._depends(source) for source in node.all_input_nodes):
+            self.dynamic.add(node)
         constant = self._folded(node, op)
         if not op.values and constant is not None:
             return _constant(constant)
@@ -129,6 +134,9 @@ class Tracker:
         if constant is not None and isinstance(result, Val):
             result.const = constant
         return result
+
+    def _depends(self, argument: Any) -> bool:
+        return isinstance(argument, fx.Node) and (argument.op == "placeholder" or argument in self.dynamic)
 
     def _resolve(self, argument: Any) -> Any:
         return map_arg(argument, lambda node: self.values[node])
@@ -224,7 +232,7 @@ def _grouped_weights(graph: fx.Graph) -> dict[str, int]:
         if node.target is aten.convolution.default and node.args[8] > 1:
             shape = shape_of(node.args[1].meta["val"])
             found = _parameters_behind(node.args[1], shape)
-            groups.update({name: node.args[8] for name in found})
+            groups.update(dict.fromkeys(found, node.args[8]))
     return groups
 
 

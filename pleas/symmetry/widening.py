@@ -1,0 +1,137 @@
+"""Which classes can get more units? A static check of the arithmetic of widths.
+
+A widened network keeps some units of each parent apart, so a class gets extra units, each with as many positions on
+every axis as its other units have. That is impossible where
+
+- an op averages over the units, so that strangers would change each other (marks in the ledger);
+- a unit's positions are no slab of one dimension, or a view or a grouped convolution would not come out even
+  (channel shuffles, fused projections of one head);
+- an op has places of units written into its constants.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, fx
+
+from pleas.symmetry.groups import DimUnits
+from pleas.symmetry.labels import Val, squash, varying
+from pleas.symmetry.rules import op_name
+
+Growth = dict[int, int]  # class -> positions of one more unit along one dimension
+
+RAGGED = "its units are not evenly laid out where the network reshapes them ({node})"
+GROUPS = "it cuts across the groups of a convolution ({node})"
+NORM = "the number of groups of a GroupNorm is fixed ({node})"
+CONSTANT = "its places are constants of the op {op} ({node})"
+
+# Ops that carry places along a dimension in their arguments; slices and splits can be rewritten, these cannot.
+_PLACED = {
+    "index",
+    "index_select",
+    "embedding",
+    "roll",
+    "flip",
+    "unfold",
+    "as_strided",
+    "slice_scatter",
+    "repeat",
+}
+_VIEWS = {"view", "_unsafe_view", "reshape", "_reshape_copy"}
+
+
+def obstacles(graph: fx.Graph, values: Mapping[str, Val], place: DimUnits) -> dict[int, str]:
+    """Top-level class -> why it cannot get more units, as far as the layout of the graph tells."""
+    found: dict[int, str] = {}
+    growth: dict[str, dict[int, Growth]] = {}
+    for node in graph.nodes:
+        if node.name not in values:
+            continue
+        growth[node.name] = grown = {}
+        for cls, dim, count in _layout(values[node.name], place):
+            if dim is None:
+                found.setdefault(cls, RAGGED.format(node=node.name))
+            else:
+                grown.setdefault(dim, {})[cls] = count
+        for cls, reason in _broken(node, values, growth):
+            found.setdefault(cls, reason)
+    return found
+
+
+def _layout(value: Val, place: DimUnits) -> Iterator[tuple[int, int | None, int]]:
+    """(class, dimension it stands on or None if there is no one such, positions per unit)."""
+    seen: dict[int, tuple[int, Tensor]] = {}
+    for label in value.free:
+        ids = label.clamp(min=0)
+        cls = torch.where(label >= 0, place.cls[ids], -1)
+        unit = torch.where(label >= 0, place.unit[ids], -1)
+        for c in cls.unique().tolist():
+            if c < 0:
+                continue
+            mine = squash(torch.where(cls == c, unit, -1))
+            dims = varying(mine)
+            if len(dims) > 1:
+                yield c, None, 0
+            if len(dims) != 1:
+                continue
+            dim = next(iter(dims))
+            counts = torch.bincount(mine[mine >= 0])
+            other = seen.setdefault(dim, (c, mine))
+            overlap = other[0] != c and bool(((other[1] >= 0) & (mine >= 0)).any())
+            even = len(counts) == 0 or bool((counts == counts[0]).all())
+            yield c, dim if even and not overlap else None, int(counts[0])
+
+
+def _broken(
+    node: fx.Node, values: Mapping[str, Val], growth: Mapping[str, Mapping[int, Growth]]
+) -> Iterator[tuple[int, str]]:
+    """Classes whose growth this op does not allow."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return
+    name = op_name(node.target)
+    source = next((n for n in node.all_input_nodes if n.name in growth), None)
+    if source is None:
+        return
+    before, after = growth[source.name], growth[node.name]
+    old, new = values[source.name].shape, values[node.name].shape
+    for cls in sorted({c for grown in (before, after) for g in grown.values() for c in g}):
+        if name in _VIEWS:
+            if _volume(old, before, cls) != _volume(new, after, cls):
+                yield cls, RAGGED.format(node=node.name)
+        elif name == "convolution" and node.args[8] != 1:
+            groups: int = node.args[8]  # type: ignore[assignment]
+            more = [_more(grown, 1, cls) * groups / size[1] for grown, size in ((before, old), (after, new))]
+            if more[0] != more[1] or more[0] % 1:
+                yield cls, GROUPS.format(node=node.name)
+        elif name == "native_group_norm" and _more(before, 1, cls):
+            yield cls, NORM.format(node=node.name)
+        elif name in _PLACED and any(_more(before, d, cls) and old[d] > 1 for d in range(len(old))):
+            moved = [d for d in _placed_dims(node, name, len(old)) if _more(before, d, cls)]
+            if moved:
+                yield cls, CONSTANT.format(op=name, node=node.name)
+
+
+def _placed_dims(node: fx.Node, name: str, ndim: int) -> list[int]:
+    """The dimensions on which an op of _PLACED has constants."""
+    args = node.args
+    if name == "index":
+        return [d for d, i in enumerate(args[1]) if i is not None]  # type: ignore[arg-type]
+    if name == "embedding":
+        return [0]
+    if name in ("index_select", "unfold"):
+        return [int(args[1]) % ndim]  # type: ignore[arg-type]
+    if name in ("roll", "flip"):
+        dims = args[2] if name == "roll" and len(args) > 2 else args[1]
+        return [d % ndim for d in dims]  # type: ignore[union-attr]
+    return list(range(ndim))
+
+
+def _more(grown: Mapping[int, Growth], dim: int, cls: int) -> int:
+    return grown.get(dim, {}).get(cls, 0)
+
+
+def _volume(shape: tuple[int, ...], grown: Mapping[int, Growth], cls: int) -> int:
+    return math.prod(size + _more(grown, d, cls) for d, size in enumerate(shape))
