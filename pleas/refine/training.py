@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from pleas.errors import InputError, NonFinite
-from pleas.refine.distil import TINY, Evidence, Normalise, Objective, Parents, heads_of, kind_of_outputs
+from pleas.refine.distil import Evidence, Normalise, Objective, Parents, heads_of, kind_of_outputs
 from pleas.refine.learner import Diverged, Learner, State, laid_out, schedule, with_weights
 from pleas.refine.settings import RefineSettings
 from pleas.refine.views import Augment, Batches, shift_and_flip, split_off
@@ -28,7 +28,7 @@ Progress = Callable[[str, int, int], None]
 
 FORMAT = 1
 MIN_HELD_OUT = 16
-DIVERGED = 3.0  # a held-out loss this many times the start's
+DIVERGED = 3.0  # a held-out loss this many times the start's, and above that of a network blind to its input
 _AT_ONCE = 256  # images judged in one forward pass
 _DEFAULTS = RefineSettings()
 
@@ -200,6 +200,7 @@ class _Judge:
         spread = float(self._target.var(0).mean()) if outputs == "values" else 0.0
         heads = heads_of((a.shape[1], b.shape[1]), parents.shared)
         self.objective = Objective(heads, outputs, settings, spread or 1.0)
+        self.blind = float(self.objective(self._target.mean(0).expand_as(self._target), self._target))
 
     @torch.no_grad()
     def __call__(self, network: nn.Module) -> Evidence:
@@ -303,7 +304,7 @@ class _Run:
 
     def _check(self) -> None:
         evidence = self._judge(self._learner.average)
-        if not evidence.finite or evidence.loss > DIVERGED * self._start.loss + TINY:
+        if not evidence.loss <= max(DIVERGED * self._start.loss, self._judge.blind):
             raise Diverged(f"the held-out loss rose from {self._start.loss:.3g} to {evidence.loss:.3g}")
         trained = sum(self._losses) / len(self._losses)
         self.history.append(Check(self._learner.step, self.seconds, self._rate(), trained, evidence))

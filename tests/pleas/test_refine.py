@@ -142,7 +142,8 @@ def test_same_seed_same_bits_other_seed_other_bits() -> None:
 
 def test_patience_ends_a_run_that_no_longer_improves() -> None:
     a = net(1)
-    result = run(a, replace(SHORT, steps=200, checks=20, patience=2), a, a)
+    gentle = replace(SHORT, steps=200, checks=20, patience=2, rate=1e-5, batch_statistics=False)
+    result = run(a, gentle, a, a)
     assert result.steps == 20
 
 
@@ -193,7 +194,7 @@ def test_a_state_of_another_run_is_refused() -> None:
 
 
 def test_a_rate_far_too_high_is_halved_and_never_harms() -> None:
-    result = run(settings=replace(SHORT, rate=1e4, retries=3))
+    result = run(settings=replace(SHORT, rate=1e4, retries=3, batch_statistics=False))
     assert result.kept == "start"
     assert same(result.module, net(1))
     assert len(result.notes) == 4
