@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from pleas.errors import InputError, NonFinite
-from pleas.refine.distil import Evidence, Normalise, Objective, Parents, heads_of, kind_of_outputs
+from pleas.refine.distil import TINY, Evidence, Normalise, Objective, Parents, heads_of, kind_of_outputs
 from pleas.refine.learner import Diverged, Learner, State, laid_out, schedule, with_weights
 from pleas.refine.settings import RefineSettings
 from pleas.refine.views import Augment, Batches, shift_and_flip, split_off
@@ -318,7 +318,7 @@ class _Run:
         if patience is None or len(self.history) <= patience:
             return False
         losses = [check.evidence.loss for check in self.history]
-        return min(losses[-patience:]) >= min(losses[:-patience])
+        return min(losses[-patience:]) > min(losses[:-patience]) - TINY
 
     def _go_back(self, safe: State, reason: Diverged) -> bool:
         """Return to the last check, at half the rate; False when that was done often enough."""
