@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import matplotlib as mpl
@@ -12,8 +12,9 @@ from matplotlib.figure import Figure
 
 from datafree.results import Results, Row, average_of
 
-OURS, ORACLE, PARENT_A, PARENT_B, ENSEMBLE, BASELINE = (
+OURS, REFINED, ORACLE, PARENT_A, PARENT_B, ENSEMBLE, BASELINE = (
     "#0b6e4f",
+    "#6a3fa0",
     "#c1666b",
     "#2f6db5",
     "#8b5a2b",
@@ -94,6 +95,32 @@ def residual_chart(results: Results) -> str | None:
         return _svg(figure)
 
 
+def refine_chart(refined: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """Agreement with the parents on held-out proxies against refine time, one line per network; None without."""
+    if not refined:
+        return None
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(5.2, 3.4), layout="constrained")
+        axis = figure.subplots()
+        shades = mpl.colormaps["plasma"]
+        for number, (label, told) in enumerate(refined.items()):
+            looks = [(0.0, told["start"]), *((look["seconds"], look["evidence"]) for look in told["history"])]
+            seconds = [second for second, _ in looks]
+            agreement = [100 * _mean(evidence["agreement"].values()) for _, evidence in looks]
+            shade = shades(0.1 + 0.7 * number / max(1, len(refined) - 1))
+            marker = _MARKERS[number % len(_MARKERS)]
+            axis.plot(seconds, agreement, color=shade, marker=marker, ms=3.5, lw=1.2, label=label)
+        axis.set_xlabel("seconds of refining")
+        axis.set_ylabel("agreement with the parents\non held-out proxies (%)")
+        figure.legend(loc="outside upper center", frameon=False, fontsize=8.5, ncols=6)
+        return _svg(figure)
+
+
+def _mean(values: Iterable[float]) -> float:
+    numbers = list(values)
+    return sum(numbers) / len(numbers)
+
+
 def _panels(results: Results) -> list[tuple[str, Score]]:
     tasks: list[tuple[str, Score]] = [(task, _task_score(task)) for task in results.tasks]
     if len(tasks) <= 1:
@@ -128,12 +155,12 @@ def _curve(axis: Axes, results: Results, score: Score) -> None:
         if points:
             x, y = zip(*points, strict=True)
             axis.plot(x, y, marker=marker, ms=8, mew=1.8, ls="none", color=BASELINE, label=name)
-    for name, colour, style in (("oracle", ORACLE, "--"), ("merged", OURS, "-")):
+    for name, colour, style in (("oracle", ORACLE, "--"), ("merged", OURS, "-"), ("refined", REFINED, "-")):
         values = sorted((row.ratio, score(row)) for row in results.named(name) if score(row) is not None)
         if values:
             x = [ratio for ratio, _ in values]
             y = [100 * value for _, value in values if value is not None]
-            label = "merged from real images (oracle)" if name == "oracle" else "merged"
+            label = {"oracle": "merged from real images (oracle)", "merged": "least squares"}.get(name, name)
             axis.plot(x, y, color=colour, ls=style, marker="o", ms=5, lw=1.8, label=label)
     axis.set_xlim(0.95, max(2.05, *(row.ratio for row in results.rows)))
 

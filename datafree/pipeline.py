@@ -1,7 +1,7 @@
 """The front door: `run(recipe, out)` reads as the data flow.
 
 recipe -> parents -> images -> symmetry -> proxies -> statistics -> matching -> plan -> least squares
-       -> baselines -> oracle -> evaluation -> report
+       -> refine -> baselines -> oracle -> evaluation -> report
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ from datafree.stages import (
     make_proxies,
     merge_real,
     proxy_inputs,
+    refine_merged,
     solve_plans,
     trace_symmetry,
 )
@@ -98,15 +99,18 @@ def run(
         evidence = gather_evidence(work, parents, symmetry, inputs)
         plans = make_plans(work, parents, symmetry, evidence)
         merged = solve_plans(work, parents, symmetry, evidence, plans)
+        refined = refine_merged(work, parents, proxies, merged)
         baselines = average_weights(work, parents, symmetry, evidence, inputs)
         oracles = merge_real(work, parents, symmetry, real)
-        rows = evaluate_all(work, parents, tasks, baselines, merged, oracles, _caution(symmetry))
+        rows = evaluate_all(work, parents, tasks, baselines, merged, refined, oracles, _caution(symmetry))
         with work.progress.stage("report"):
             results = _results(work, parents, symmetry, proxies, merged, rows)
             seconds = time.perf_counter() - started
             record = _record(work, parents, proxies, real, seconds, command)
-            artefacts = _write(work, out, parents, proxies, merged, results, record, overwrite, export)
-    return Outcome(out, artefacts, merged, results, record)
+            record["refine"] = {one.point.label: one.refined for one in refined}
+            final = refined or merged
+            artefacts = _write(work, out, parents, proxies, final, results, record, overwrite, export)
+    return Outcome(out, artefacts, final, results, record)
 
 
 # what is said -----------------------------------------------------------------------------------------------

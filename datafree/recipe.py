@@ -126,6 +126,30 @@ class OracleSpec(Spec):
     images: ImageSpec
 
 
+class RefineSpec(Spec):
+    """A short distillation of both parents into every merged network, on the proxies alone; its keys are those of
+    `pleas.refine.RefineSettings`. Give `steps`, or `minutes` per network.
+    """
+
+    steps: int | None = Field(default=None, ge=1)
+    minutes: float | None = Field(default=None, gt=0)
+    batch: int = Field(default=64, ge=1)
+    rate: float = Field(default=1e-3, gt=0)
+    temperature: float = Field(default=1.0, gt=0)
+    logit_weight: float = Field(default=0.1, ge=0)
+    joint_weight: float = Field(default=0.0, ge=0)
+    batch_statistics: bool = True
+    views: int = Field(default=0, ge=0)
+    holdout: float = Field(default=0.1, gt=0, le=0.5)
+    patience: int | None = Field(default=None, ge=1)
+
+    @model_validator(mode="after")
+    def _steps_or_minutes(self) -> RefineSpec:
+        if self.steps is not None and self.minutes is not None:
+            raise ValueError("give `steps` or `minutes`, not both")
+        return self
+
+
 class Recipe(Spec):
     """One merge: parents, labels, proxies, settings and how the result is judged.
 
@@ -140,6 +164,7 @@ class Recipe(Spec):
     labels: Literal["shared", "separate"] = "shared"
     proxy: ProxySection
     merge: MergeSpec
+    refine: RefineSpec | None = None
     evaluate: tuple[TaskSpec, ...] = ()
     oracle: OracleSpec | None = None
 

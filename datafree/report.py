@@ -22,7 +22,11 @@ def html_report(results: Results, run: Mapping[str, Any], recipe: str) -> str:
 
     run: the content of `run.json`      recipe: the resolved recipe's text
     """
-    from datafree.charts import accuracy_chart, residual_chart  # matplotlib takes a second to import
+    from datafree.charts import (  # matplotlib takes a second to import
+        accuracy_chart,
+        refine_chart,
+        residual_chart,
+    )
 
     return _render(
         "report.html.j2",
@@ -30,6 +34,7 @@ def html_report(results: Results, run: Mapping[str, Any], recipe: str) -> str:
         table=_table(results),
         accuracy=accuracy_chart(results),
         residuals=residual_chart(results),
+        refining=refine_chart(run.get("refine", {})),
         run=run,
         recipe=recipe,
     )
@@ -59,7 +64,7 @@ def json_text(value: Any) -> str:
 
 
 def _table(results: Results) -> dict[str, Any]:
-    ours = [row.name == "merged" for row in results.rows]
+    ours = [row.name in ("merged", "refined") for row in results.rows]
     return {
         "columns": columns(results),
         "rows": [cells(results, row) for row in results.rows],

@@ -31,7 +31,8 @@ class Point:
 class Row:
     """One network: what it costs and how good it is.
 
-    name:  "parent a", "parent b", "ensemble", "plain average", "permutation only", "merged" or "oracle"
+    name:  "parent a", "parent b", "ensemble", "plain average", "permutation only", "merged" (least
+           squares), "refined" or "oracle"
     flops: floating-point operations for one image, as FlopCounterMode counts them (2 per multiply-add)
     ratio: flops relative to one parent
     note:  what a reader must know to compare the row, "" where nothing

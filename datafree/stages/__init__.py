@@ -26,6 +26,7 @@ from datafree.stages.merging import (
     solve_plans,
 )
 from datafree.stages.parents import Parents, has_batch_norm, load_parents, trace_symmetry
+from datafree.stages.refining import refine_merged
 from datafree.stages.work import Work, begin, choose_device, exact_arithmetic
 
 __all__ = [
@@ -53,6 +54,7 @@ __all__ = [
     "make_proxies",
     "merge_real",
     "proxy_inputs",
+    "refine_merged",
     "refuse_leak",
     "solve_plans",
     "trace_symmetry",

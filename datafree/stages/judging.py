@@ -46,6 +46,7 @@ def evaluate_all(
     tasks: EvaluationSet,
     baselines: Mapping[str, pleas.MergeResult],
     merged: Sequence[Merged],
+    refined: Sequence[Merged],
     oracles: Sequence[Merged],
     note: str,
 ) -> tuple[Row, ...]:
@@ -54,8 +55,15 @@ def evaluate_all(
         judge, rows = Judge.with_parents(work, parents, tasks)
         rows += [judge.row(name, result, note=note) for name, result in baselines.items()]
         rows += [judge.row("merged", one.result, one.point) for one in merged]
+        rows += [judge.row("refined", one.result, one.point, note=_verdict(one)) for one in refined]
         rows += [judge.row("oracle", one.result, one.point) for one in oracles]
     return tuple(rows)
+
+
+def _verdict(one: Merged) -> str:
+    if one.refined is not None and one.refined["kept"] == "start":
+        return f"{one.point.label}: refining did not help on held-out proxies, least squares was kept"
+    return ""
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ class Merged:
 
     point: Point
     result: pleas.MergeResult
+    refined: Mapping[str, Any] | None = None  # what refining did, where it was asked for
 
 
 def check_rows(work: Work, symmetry: pleas.Symmetry, images: int) -> None:

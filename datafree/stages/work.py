@@ -43,6 +43,24 @@ class Work:
             return tuple(Point("budget", value) for value in merge.budgets)
         return tuple(Point("apart", value) for value in merge.apart or ())
 
+    def kept(self, stage: str, inputs: Mapping[str, Any]) -> Stage | None:
+        """What an interrupted run left of a stage, None if nothing or nothing usable."""
+        try:
+            return self.store.read(stage, stage_key(stage, inputs))
+        except DamagedStage as error:
+            self.progress.note(f"{error}; the stage starts again")
+            return None
+
+    def keep(
+        self, stage: str, inputs: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], value: Any
+    ) -> None:
+        """Keep the state of an unfinished stage, so that an interrupted run goes on from here."""
+        self.store.write(stage, stage_key(stage, inputs), tensors, value)
+
+    def forget(self, stage: str, inputs: Mapping[str, Any]) -> None:
+        """Remove the state of a stage that is finished."""
+        self.store.path(stage, stage_key(stage, inputs)).unlink(missing_ok=True)
+
     def finished(self, stage: str, inputs: Mapping[str, Any], make: Callable[[], Stage]) -> Stage:
         """The stage from the store, or made now and kept. A damaged one is named and made again."""
         key = stage_key(stage, inputs)

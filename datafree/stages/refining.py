@@ -1,0 +1,140 @@
+"""Refine: every merged network distils both parents on the proxies, and is kept only where that helps."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import pleas
+from datafree.proxy import ProxySet
+from datafree.recipe import RefineSpec
+from datafree.seeds import derive_seed
+from datafree.stages.merging import Merged
+from datafree.stages.parents import Parents
+from datafree.stages.work import Work
+from datafree.store import Stage, content_hash
+from pleas.refine import RefineResult, RefineSettings, refine
+
+
+def refine_merged(
+    work: Work, parents: Parents, proxies: ProxySet, merged: Sequence[Merged]
+) -> tuple[Merged, ...]:
+    """The merged networks after refining; nothing where the recipe has no `refine`.
+
+    A finished network is found in the store; an interrupted one goes on from its last check.
+    """
+    spec = work.recipe.recipe.refine
+    if spec is None:
+        return ()
+    settings = _settings(work, spec)
+    images = torch.cat(list(proxies.batches(256)))
+    with work.progress.stage("refine"), work.recipe.at("refine"):
+        return tuple(_refine_one(work, parents, proxies, images, one, settings) for one in merged)
+
+
+def _settings(work: Work, spec: RefineSpec) -> RefineSettings:
+    return RefineSettings(**spec.model_dump(), seed=derive_seed(work.seed, "refine"))
+
+
+def _refine_one(
+    work: Work, parents: Parents, proxies: ProxySet, images: Tensor, one: Merged, settings: RefineSettings
+) -> Merged:
+    meaning = {
+        "parents": parents.fingerprint,
+        "images": proxies.fingerprint,
+        "start": content_hash(one.result.module.state_dict()),
+        "network": pleas.program_config(one.result.module),
+        "settings": asdict(settings),
+        "labels": work.recipe.recipe.labels,
+        "device": work.device.type,
+        "torch": torch.__version__,
+    }
+
+    def make() -> Stage:
+        found = _run(work, parents, images, one, settings, meaning)
+        return Stage(dict(found.module.state_dict()), _told(found))
+
+    stage = work.finished("refined", meaning, make)
+    work.forget("refining", meaning)
+    module = copy.deepcopy(one.result.module)
+    module.load_state_dict(dict(stage.tensors))
+    for note in stage.value["notes"]:
+        work.progress.note(f"{one.point.label}: {note}")
+    return Merged(one.point, replace(one.result, module=module), refined=stage.value)
+
+
+def _run(
+    work: Work,
+    parents: Parents,
+    images: Tensor,
+    one: Merged,
+    settings: RefineSettings,
+    meaning: Mapping[str, Any],
+) -> RefineResult:
+    kept = work.kept("refining", meaning)
+    return refine(
+        one.result.module,
+        parents.a.module,
+        parents.b.module,
+        images,
+        settings,
+        normalise=parents.input,
+        normalise_a=parents.a.preprocess,
+        normalise_b=parents.b.preprocess,
+        heads=work.recipe.recipe.labels,
+        device=work.device,
+        state=None if kept is None else _joined(kept.value, kept.tensors),
+        checkpoint=lambda state: work.keep("refining", meaning, *_parted(state)),
+        progress=lambda text, done, total: work.progress(f"{one.point.label}: {text}", done, total),
+    )
+
+
+def _told(found: RefineResult) -> dict[str, Any]:
+    """What the report says of a refined network; `history` is the curve of loss against time."""
+    verdict = (
+        [] if found.kept == "refined" else ["refining did not help on held-out proxies: least squares kept"]
+    )
+    return {
+        "kept": found.kept,
+        "steps": found.steps,
+        "seconds": round(found.seconds, 1),
+        "held_out": found.held_out,
+        "start": asdict(found.start),
+        "refined": asdict(found.refined),
+        "history": [asdict(check) for check in found.history],
+        "notes": [*found.notes, *verdict],
+    }
+
+
+def _parted(state: Any) -> tuple[dict[str, Tensor], Any]:
+    """A nested state as flat tensors, and JSON in which {"tensor": NAME} stands for each of them."""
+    tensors: dict[str, Tensor] = {}
+
+    def part(value: Any, name: str) -> Any:
+        if isinstance(value, Tensor):
+            tensors[name] = value.detach().cpu().clone()
+            return {"tensor": name}
+        if isinstance(value, Mapping):
+            return {"items": [[key, part(item, f"{name}/{key}")] for key, item in value.items()]}
+        if isinstance(value, (list, tuple)):
+            return [part(item, f"{name}/{i}") for i, item in enumerate(value)]
+        return value
+
+    plain = part(state, "state")
+    return tensors, plain
+
+
+def _joined(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """Inverse of `_parted`."""
+    if isinstance(value, Mapping):
+        if "tensor" in value:
+            return tensors[value["tensor"]]
+        return {key: _joined(item, tensors) for key, item in value["items"]}
+    if isinstance(value, list):
+        return [_joined(item, tensors) for item in value]
+    return value

@@ -1,0 +1,84 @@
+"""The refine stage in a whole run: its own rows and artefacts, reported apart, and never lost."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import datafree
+from datafree.pipeline import run
+from datafree.recipe import load_recipe
+from datafree.stages.refining import _joined, _parted
+from datafree.store import CACHE_VARIABLE, Store
+from tests.datafree.tiny import Tiny, make_tiny
+
+REFINE = ("refine.steps=6", "refine.batch=8", "refine.rate=0.003")
+
+
+@pytest.fixture
+def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tiny:
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    return make_tiny(tmp_path / "tiny")
+
+
+def test_refined_networks_are_rows_and_artefacts_of_their_own(tiny: Tiny, tmp_path: Path) -> None:
+    outcome = run(tiny.load(*REFINE), tmp_path / "out")
+    names = [row.name for row in outcome.results.rows]
+    assert names.count("merged") == names.count("refined") == 2
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert set(record["refine"]) == {"budget 1", "budget 1.4"}
+    for told in record["refine"].values():
+        assert told["steps"] <= 6
+        assert told["refined"]["loss"] <= told["start"]["loss"], "never worse than its start"
+    assert "Refining" in (tmp_path / "out" / "report.html").read_text()
+    loaded = datafree.load(tmp_path / "out" / "budget-1").module
+    expected = outcome.merged[0].result.module
+    x = torch.randn(3, 1, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(loaded(x), expected(x))
+
+
+def test_an_interrupted_refining_goes_on_to_the_same_bits(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tiny.load(*REFINE)
+    whole = run(recipe, tmp_path / "whole")
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "other"))
+    write, written = Store.write, []
+
+    def interrupted(store: Store, stage: str, *rest: object) -> None:
+        write(store, stage, *rest)  # type: ignore[arg-type]
+        written.append(stage)
+        if written.count("refining") == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Store, "write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe, tmp_path / "cut")
+    assert not (tmp_path / "cut").exists()
+    monkeypatch.setattr(Store, "write", write)
+    again = run(recipe, tmp_path / "again")
+    for first, second in zip(whole.merged, again.merged, strict=True):
+        for name, value in first.result.module.state_dict().items():
+            assert torch.equal(value, second.result.module.state_dict()[name])
+    assert not list((tmp_path / "other" / "refining").glob("*.safetensors")), (
+        "what is finished leaves no state"
+    )
+
+
+def test_a_nested_state_survives_the_store() -> None:
+    state = {"a": [torch.arange(3), {"b": 1.5, 7: None}], "c": "text", "d": {"e": torch.zeros(2)}}
+    tensors, plain = _parted(state)
+    joined = _joined(json.loads(json.dumps(plain)), tensors)
+    assert torch.equal(joined["a"][0], state["a"][0])  # type: ignore[index]
+    assert joined["a"][1] == {"b": 1.5, 7: None}
+    assert joined["c"] == "text"
+    assert torch.equal(joined["d"]["e"], torch.zeros(2))
+
+
+def test_steps_and_minutes_together_are_refused_where_they_stand(tiny: Tiny) -> None:
+    with pytest.raises(Exception, match=r"refine.*give `steps` or `minutes`, not both"):
+        load_recipe(tiny.recipe, ("refine.steps=6", "refine.minutes=1"))
