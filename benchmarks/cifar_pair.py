@@ -81,9 +81,10 @@ def merged_rows(
         row("permutation only", pair.score_average(permuted), ratio=1.0, **known),
         row("permutation only, BN re-estimated", pair.score_average(repaired), ratio=1.0, **known),
     ]
+    costs = pleas.fusing_costs(symmetry, statistics, matching, a, b)
     for fraction in apart:
         started = time.perf_counter()
-        plan = pleas.make_plan(symmetry, statistics, matching, a, b, settings, apart=fraction)
+        plan = pleas.make_plan(symmetry, statistics, matching, a, b, settings, apart=fraction, costs=costs)
         result = pleas.assemble(symmetry, statistics, matching, plan, a, b, settings, example=pair.example())
         seconds = {"collect_and_match": collecting, "plan_and_solve": time.perf_counter() - started}
         scored = pair.score(result.module)

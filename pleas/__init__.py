@@ -10,7 +10,7 @@ from pleas.matching import match
 from pleas.merge import LayerEvidence, MergeResult, assemble, check_parents, merge
 from pleas.module import MergedNetwork, flops, module_from_config, program_config
 from pleas.moments import Moments
-from pleas.plan import Plan, make_plan
+from pleas.plan import Plan, fusing_costs, make_plan
 from pleas.settings import MergeSettings
 from pleas.statistics import Statistics, collect, collect_grouped
 from pleas.symmetry import Permutation, Symmetry, trace
@@ -34,6 +34,7 @@ __all__ = [
     "collect",
     "collect_grouped",
     "flops",
+    "fusing_costs",
     "make_plan",
     "match",
     "merge",

@@ -64,9 +64,12 @@ def make_plan(
     *,
     budget: float | None = None,
     apart: float | None = None,
+    costs: Mapping[int, Tensor] | None = None,
 ) -> Plan:
     """A plan for a budget (multiply-adds relative to one parent, in [1, 2]) or for a fraction of every class
     kept apart.
+
+    costs: what `fusing_costs` gives, for callers that make several plans.
 
     Classes that cannot be widened stay fused. With separate heads the output class is two heads side by side;
     a budget below what that alone costs gives the narrowest network.
@@ -79,7 +82,8 @@ def make_plan(
         raise InputError(f"budget = {budget}: must lie between 1.0 (one parent) and 2.0 (both side by side)")
     if apart is not None and not 0 <= apart <= 1:
         raise InputError(f"apart = {apart}: must lie between 0 (all units fused) and 1 (none)")
-    costs = fusing_costs(symmetry, statistics, matching, a, b)
+    if costs is None:
+        costs = fusing_costs(symmetry, statistics, matching, a, b)
     order = {c: cost.argsort(descending=True) for c, cost in costs.items()}
     model = FlopModel(symmetry, _head_sizes(symmetry, a, b, settings))
     widths = dict.fromkeys(costs, 0)

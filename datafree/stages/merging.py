@@ -28,10 +28,12 @@ from pleas.symmetry import identity
 
 @dataclass(frozen=True)
 class Evidence:
-    """What the images say: second moments, and which unit of B plays the part of which unit of A."""
+    """What the images say: second moments, which unit of B plays the part of which unit of A, and what fusing each
+    pair would cost."""
 
     statistics: pleas.Statistics
     matching: pleas.Permutation
+    costs: Mapping[int, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,9 @@ def gather_evidence(work: Work, parents: Parents, symmetry: pleas.Symmetry, inpu
             meaning["matching"] = merge.matching
             grouped = _finished(work, "grouped", meaning, second_pass).grouped
             statistics = replace(statistics, grouped=grouped)
-    return Evidence(statistics, matching)
+    with work.progress.stage("fusing costs"):
+        costs = pleas.fusing_costs(symmetry, statistics, matching, a, b)
+    return Evidence(statistics, matching, costs)
 
 
 def _finished(
@@ -122,6 +126,7 @@ def _plan(
         work.settings,
         budget=point.value if point.kind == "budget" else None,
         apart=point.value if point.kind == "apart" else None,
+        costs=evidence.costs,
     )
 
 
