@@ -31,7 +31,7 @@ from datafree.references import ARTEFACT_MARK, build_model
 from datafree.report import model_card
 from datafree.store import content_hash, plain_tensors, write_safetensors
 from pleas.module import build_network
-from pleas.symmetry import state_of
+from pleas.symmetry import coupled, state_of
 
 FORMAT = 1
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
@@ -228,7 +228,7 @@ def plan_table(symmetry: pleas.Symmetry, plan: pleas.Plan) -> list[dict[str, Any
                 "apart": unit_class.size if heads else len(chosen.apart),
                 "width": chosen.width,
                 "reason": "" if unit_class.widenable else unit_class.reason,
-                "tensors": sorted({axis.tensor for axis in unit_class.axes}),
+                "couples": coupled(unit_class, symmetry.shapes).split(" - "),
             }
         )
     return rows

@@ -67,17 +67,17 @@ def plan_text(plan: dict[str, Any]) -> str:
         bold=True,
     )
     classes = text_table(
-        ["class", "kind", "units", "fused", "apart", "width", "tensors"],
+        ["class", "kind", "units", "fused", "apart", "width", "couples"],
         [
             [
                 row["class"],
                 row["kind"],
                 *(str(row[key]) for key in ("units", "fused", "apart", "width")),
-                _tensors(row["tensors"], row["reason"]),
+                _couples(row["couples"], row["reason"]),
             ]
             for row in plan["classes"]
         ],
-        left=["kind", "tensors"],
+        left=["kind", "couples"],
     )
     layers = text_table(
         ["layer", "residual %", "rows", "unknowns"],
@@ -89,6 +89,6 @@ def plan_text(plan: dict[str, Any]) -> str:
     return "\n".join(["", title, "", classes, "", layers])
 
 
-def _tensors(names: Sequence[str], reason: str) -> str:
-    more = f", +{len(names) - 3}" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more + (f"  ({reason})" if reason else "")
+def _couples(names: Sequence[str], reason: str) -> str:
+    more = f" - {len(names) - 3} more" if len(names) > 3 else ""
+    return " - ".join(names[:3]) + more + (f"  ({reason})" if reason else "")

@@ -67,7 +67,7 @@ def _results(
             "apart": 1,
             "width": 5,
             "reason": "",
-            "tensors": ["a<b"],
+            "couples": ["a<b"],
         }
     ]
     plan = {"flops": 1, "ratio": 1.0, "predicted_error": 0.5, "mean_residual": 0.1, "classes": table}
