@@ -22,6 +22,7 @@ from datafree.proxy.build import (  # isort: skip
     check_proxies,
     common_input,
 )
+from datafree.proxy.sheet import contact_sheet, export_folder  # isort: skip
 from datafree.proxy.source import SHARD, SOURCES, Request, Shard, Source, SourceSpec, register
 
 __all__ = [
@@ -42,5 +43,7 @@ __all__ = [
     "build_proxies",
     "check_proxies",
     "common_input",
+    "contact_sheet",
+    "export_folder",
     "register",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Union
 
@@ -16,9 +16,10 @@ from torch import Tensor
 
 from datafree.errors import UsageError
 from datafree.images import content_hash
+from datafree.proxy.augment import augment_lightly
 from datafree.proxy.cache import SCHEMA, ShardFile, ShardFolder, digest, fingerprint
 from datafree.proxy.mixture import interleave
-from datafree.proxy.source import SHARD, SOURCES, Request, Source, SourceSpec, kind_of
+from datafree.proxy.source import SHARD, SOURCES, Request, Shard, Source, SourceSpec, kind_of
 from datafree.seeds import derive_seed
 from datafree.spec import Spec
 
@@ -196,58 +197,75 @@ def build_proxies(
     """
     bound = check_proxies(spec, parents, seed, base, device)
     size, channels = common_input(parents)
-    total = sum(-(-count // SHARD) for _, _, count in bound)
+    total, ready = sum(-(-count // SHARD) for _, _, count in bound), 0
     shards: list[tuple[ShardFile, ...]] = []
     reports: list[SourceReport] = []
-    before = 0
     for source_spec, source, count in bound:
-        kind = kind_of(source_spec)
-        section = source_spec.model_dump(mode="json", exclude=set(source_spec.irrelevant))
-        folder = ShardFolder(
-            cache,
-            kind,
-            {
-                "schema": SCHEMA,
-                "version": source_spec.version,
-                "section": section,
-                "seed": derive_seed(seed, "proxy", kind),
-                "size": list(size),
-                "channels": channels,
-                "depends": dict(source.key()),
-            },
-        )
-        made: list[int] = []
 
-        def make(index: int, source: Source = source, made: list[int] = made):
-            made.append(index)
-            return source.shard(index)
-
-        def ready(done: int, before: int = before) -> None:
+        def hear(done: int, before: int = ready) -> None:
             if progress is not None:
                 progress("proxy", before + done, total)
 
-        files, notes = folder.fill(count, make, ready)
-        before += len(files)
-        shards.append(tuple(files))
-        reports.append(
-            SourceReport(
-                kind=kind,
-                count=count,
-                seconds=sum(file.seconds for file in files),
-                shards=len(files),
-                made=len(made),
-                fingerprint=fingerprint(files),
-                folder=str(folder.path),
-                spec=source_spec.model_dump(mode="json"),
-                facts=mean_facts([file.facts for file in files]),
-                notes=(*source.notes, *notes, *_shard_notes(files)),
-            )
-        )
+        maker = _Maker(source_spec, source, derive_seed(seed, "proxy", kind_of(source_spec)), size, channels)
+        files, report = maker.fill(cache, count, hear)
+        ready += len(files)
+        shards.append(files)
+        reports.append(report)
     chosen = interleave([source.share for source in spec.sources], spec.count)
     within = np.zeros_like(chosen)
     for number in range(len(bound)):
         within[chosen == number] = np.arange(int((chosen == number).sum()))
     return ProxySet(size, channels, np.stack([chosen, within], axis=1), tuple(shards), tuple(reports))
+
+
+@dataclass(frozen=True)
+class _Maker:
+    """One source on its way into the cache."""
+
+    spec: SourceSpec
+    source: Source
+    seed: int
+    size: tuple[int, int]
+    channels: int
+    made: list[int] = field(default_factory=list)
+
+    def __call__(self, index: int) -> Shard:
+        self.made.append(index)
+        shard = self.source.shard(index)
+        if self.spec.augment == "none":
+            return shard
+        return replace(
+            shard, images=augment_lightly(shard.images, derive_seed(self.seed, "augment", str(index)))
+        )
+
+    def fill(
+        self, cache: Path, count: int, hear: Callable[[int], None]
+    ) -> tuple[tuple[ShardFile, ...], SourceReport]:
+        key = {
+            "schema": SCHEMA,
+            "version": self.spec.version,
+            "section": self.spec.model_dump(mode="json", exclude=set(self.spec.irrelevant)),
+            "seed": self.seed,
+            "size": list(self.size),
+            "channels": self.channels,
+            "depends": dict(self.source.key()),
+        }
+        folder = ShardFolder(cache, kind_of(self.spec), key)
+        files, notes = folder.fill(count, self, hear)
+        said = (note for file in files for note in file.facts.get("notes", ()))
+        report = SourceReport(
+            kind=kind_of(self.spec),
+            count=count,
+            seconds=sum(file.seconds for file in files),
+            shards=len(files),
+            made=len(self.made),
+            fingerprint=fingerprint(files),
+            folder=str(folder.path),
+            spec=self.spec.model_dump(mode="json"),
+            facts=mean_facts([file.facts for file in files]),
+            notes=tuple(dict.fromkeys((*self.source.notes, *notes, *said))),
+        )
+        return tuple(files), report
 
 
 def common_input(parents: Sequence[Parent]) -> tuple[tuple[int, int], int]:
@@ -269,11 +287,6 @@ def common_input(parents: Sequence[Parent]) -> tuple[tuple[int, int], int]:
         )
     (size, channels) = sizes.pop()
     return (size[0], size[1]), channels
-
-
-def _shard_notes(files: Sequence[ShardFile]) -> list[str]:
-    """What single shards had to say, each sentence once."""
-    return list(dict.fromkeys(note for file in files for note in file.facts.get("notes", ())))
 
 
 def mean_facts(facts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -136,22 +136,48 @@ class _Inversion:
         pixels = self._start(index).to(self._request.device)
         images = torch.empty_like(pixels, dtype=torch.uint8)
         losses: dict[str, float] = {}
-        if self._spec.mode == "joint":
-            groups = [(list(self._targets), slice(None))]
-        else:  # dealt in turn, so that every prefix of the shard is shared evenly
-            groups = [
-                ([target], slice(k, None, len(self._targets))) for k, target in enumerate(self._targets)
-            ]
-        for number, (targets, rows) in enumerate(groups):
+        for number, (targets, rows) in enumerate(self._groups()):
             with _on(self._request.device, targets):
-                found = self._descend(
-                    pixels[rows], targets, self._request.generator(index, "descent", str(number))
-                )
+                generator = self._request.generator(index, "descent", str(number))
+                found = self._descend(pixels[rows], targets, generator)
                 images[rows] = (found * 255).round().to(torch.uint8)
-                with torch.no_grad():
-                    for target in targets:
-                        losses[target.parent.name] = float(target.loss(images[rows].float() / 255))
-        return Shard(images.cpu(), {"bn_loss": losses})
+                losses |= self._losses(images[rows], targets)
+        facts: dict[str, Any] = {"bn_loss": losses}
+        if self._spec.mode == "joint" and index == 0:
+            facts |= self._compatibility(pixels, losses)
+        return Shard(images.cpu(), facts)
+
+    def _groups(self) -> list[tuple[list[_Target], slice]]:
+        """Who shapes which images of a shard."""
+        if self._spec.mode == "joint":
+            return [(list(self._targets), slice(None))]
+        count = len(self._targets)  # dealt in turn, so that every prefix of the shard is shared evenly
+        return [([target], slice(number, None, count)) for number, target in enumerate(self._targets)]
+
+    @torch.no_grad()
+    def _losses(self, images: Tensor, targets: Sequence[_Target]) -> dict[str, float]:
+        """L_BN of uint8 images for each parent."""
+        return {target.parent.name: float(target.loss(images.float() / 255)) for target in targets}
+
+    def _compatibility(self, pixels: Tensor, joint: Mapping[str, float]) -> dict[str, Any]:
+        """What each parent's loss is when it has the same images to itself, and a warning where that is far less."""
+        alone: dict[str, float] = {}
+        for number, target in enumerate(self._targets):
+            with _on(self._request.device, [target]):
+                generator = self._request.generator(0, "alone", str(number))
+                found = self._descend(pixels, [target], generator)
+                alone |= self._losses((found * 255).round().to(torch.uint8), [target])
+        torn = [name for name in alone if joint[name] > 2 * alone[name]]
+        if not torn:
+            return {"bn_loss_alone": alone}
+        shown = ", ".join(f"{name} {joint[name]:.3f} against {alone[name]:.3f} alone" for name in torn)
+        return {
+            "bn_loss_alone": alone,
+            "notes": [
+                f"joint inversion: no images suit both parents' statistics (loss of {shown}): the parents were "
+                "probably trained on different kinds of images; mode: split serves each by its own"
+            ],
+        }
 
     def _start(self, index: int) -> Tensor:
         """float32 (SHARD, channels, height, width) in [0, 1]."""

@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
 
 import pydantic
 import torch
@@ -86,13 +86,16 @@ class Source(Protocol):
 
 
 class SourceSpec(Spec, ABC):
-    """A section under `proxy.sources`. A kind adds `kind: Literal["its name"] = "its name"` and its own
-    keys.
+    """A section under `proxy.sources`. A kind adds `kind: Literal["its name"] = "its name"` and its keys.
+
+    share:   of the images; over all sources they add up to 1
+    augment: light: random crops, mirrors and recolours, once, before the cache
     """
 
     version: ClassVar[int] = 1  # raised whenever the same section would give other pixels
     irrelevant: ClassVar[frozenset[str]] = frozenset({"share"})  # keys that change no pixel
     share: float = pydantic.Field(default=1.0, gt=0, le=1)
+    augment: Literal["none", "light"] = "none"
 
     @abstractmethod
     def bind(self, request: Request) -> Source:

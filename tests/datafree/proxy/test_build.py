@@ -102,7 +102,12 @@ def test_the_manifest_says_what_was_made(build: Build) -> None:
     proxies = build(100, NOISE)
     (report,) = proxies.manifest
     manifest = json.loads((Path(report.folder) / "manifest.json").read_text())
-    assert manifest["key"]["section"] == {"kind": "noise", "form": "gaussian", "scale": 0.25}
+    assert manifest["key"]["section"] == {
+        "kind": "noise",
+        "form": "gaussian",
+        "scale": 0.25,
+        "augment": "none",
+    }
     assert manifest["key"]["size"] == [16, 16]
     assert [shard["images"] for shard in manifest["shards"].values()] == [64, 64]
     assert (report.kind, report.count, report.shards) == ("noise", 100, 2)
@@ -156,8 +161,8 @@ def test_grey_parents_get_grey_images(build: Build, parent: MakeParent) -> None:
         ),
         (
             {"count": 8, "sources": [NOISE | {"share": 0.5}] * 2},
-            'proxy.sources lists {"kind":"noise","form":"gaussian","scale":0.25} twice, which would give the '
-            "same images twice: add its shares",
+            'proxy.sources lists {"augment":"none","kind":"noise","form":"gaussian","scale":0.25} twice, which '
+            "would give the same images twice: add its shares",
         ),
         ({"count": 8, "sources": [{"kind": "nose"}]}, "does not match any of the expected tags"),
         ({"count": 0, "sources": [NOISE]}, "greater than or equal to 1"),

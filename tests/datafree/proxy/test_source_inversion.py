@@ -172,3 +172,24 @@ def test_total_variation_counts_neighbours() -> None:
     step[..., 1] = 1
     assert float(total_variation(step)) == 1.0
     assert float(total_variation(torch.ones(1, 1, 3, 3))) == 0.0
+
+
+def test_joint_says_what_each_parent_would_reach_alone(build: Build) -> None:
+    proxies = build(64, {"kind": "inversion", "steps": 10, "mode": "joint"})
+    alone = proxies.manifest[0].facts["bn_loss_alone"]
+    assert set(alone) == {"a", "b"}
+    assert all(value > 0 for value in alone.values())
+
+
+def test_joint_warns_where_no_image_suits_both(build: Build, parent: MakeParent) -> None:
+    a, b = parent("a", 1), parent("b", 1)
+    assert isinstance(b.module, nn.Sequential)
+    layer = b.module[1]
+    assert isinstance(layer, nn.BatchNorm2d)
+    assert layer.running_mean is not None
+    assert layer.running_var is not None
+    layer.running_mean += 3 * layer.running_var.sqrt()  # the same network, statistics of other images
+    proxies = build(64, {"kind": "inversion", "steps": 30, "mode": "joint"}, parents=(a, b))
+    (note,) = proxies.notes
+    assert note.startswith("joint inversion: no images suit both parents' statistics (loss of a ")
+    assert note.endswith("trained on different kinds of images; mode: split serves each by its own")
