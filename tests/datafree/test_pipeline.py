@@ -100,7 +100,7 @@ def test_artefacts_need_no_python_file_of_the_parents(outcome: Outcome, tmp_path
 def test_run_json_says_how_it_was_made(outcome: Outcome) -> None:
     record = json.loads((outcome.folder / "run.json").read_text())
     stages = ["parents", "images", "symmetry", "proxies", "statistics", "matching", "plan", "least squares"]
-    assert list(record["timings"])[:8] == stages
+    assert [stage for stage in record["timings"] if stage in stages] == stages
     assert record["versions"]["datafree"] == datafree.__version__
     assert record["proxies"]["sources"][0]["kind"] == "noise"
     assert record["oracle"] == 64
