@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -130,10 +131,11 @@ def is_layer(node: fx.Node) -> bool:
     """A convolution or linear map whose weight is a parameter."""
     if node.target not in (CONVOLUTION, LINEAR):
         return False
-    weight, bias = node.args[1], node.args[2] if len(node.args) > 2 else None
+    args: list[Any] = list(node.args)
+    weight, bias = args[1], args[2] if len(args) > 2 else None
     direct = isinstance(weight, fx.Node) and weight.op == "get_attr"
     direct = direct and (bias is None or (isinstance(bias, fx.Node) and bias.op == "get_attr"))
-    transposed = node.target is CONVOLUTION and bool(node.args[6])
+    transposed = node.target is CONVOLUTION and bool(args[6])
     return direct and not transposed
 
 
@@ -144,9 +146,10 @@ def _consistent(nodes: Sequence[fx.Node]) -> bool:
 
 def _layer(weight: str, nodes: Sequence[fx.Node]) -> Layer:
     node = nodes[0]
-    shape = node.args[1].meta["val"].shape  # type: ignore[union-attr]
-    bias = node.args[2] if len(node.args) > 2 else None
-    common = {
+    args: list[Any] = list(node.args)
+    shape = args[1].meta["val"].shape
+    bias = args[2] if len(args) > 2 else None
+    common: dict[str, Any] = {
         "name": weight.removesuffix(".weight"),
         "nodes": tuple(n.name for n in nodes),
         "weight": weight,
@@ -156,7 +159,7 @@ def _layer(weight: str, nodes: Sequence[fx.Node]) -> Layer:
     }
     if node.target is LINEAR:
         return Layer(**common, taps=1, channels=int(shape[1]))
-    stride, padding, dilation, groups = node.args[3], node.args[4], node.args[5], node.args[8]
+    stride, padding, dilation, groups = args[3], args[4], args[5], args[8]
     kernel = tuple(int(k) for k in shape[2:])
     return Layer(
         **common,

@@ -74,8 +74,9 @@ class BlockLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         dim = 1 if self.geometry is not None else x.dim() - 1
         out = []
-        biases = [None] * len(self.rows) if self.bias is None else self.bias.split(self.rows)
-        for i, (name, part, bias) in enumerate(zip(self.weight_names, self.slices, biases, strict=True)):
+        bias = self.bias if isinstance(self.bias, Tensor) else None
+        biases = [None] * len(self.rows) if bias is None else torch.split(bias, self.rows)
+        for i, (name, part, own) in enumerate(zip(self.weight_names, self.slices, biases, strict=True)):
             weight = getattr(self, name)
             if part == (0, self.units):
                 seen = x
@@ -84,7 +85,7 @@ class BlockLayer(nn.Module):
             else:
                 seen = x.index_select(dim, getattr(self, f"index_{i}"))
             out.append(
-                F.linear(seen, weight, bias) if self.geometry is None else self._convolve(seen, weight, bias)
+                F.linear(seen, weight, own) if self.geometry is None else self._convolve(seen, weight, own)
             )
         joined = out[0] if len(out) == 1 else torch.cat(out, dim)
         return joined if self.order is None else joined.index_select(dim, self.order)

@@ -315,7 +315,7 @@ def _batch(symmetry: Symmetry) -> int | torch.SymInt:
 
 
 def _hint(size: int | torch.SymInt) -> int:
-    return size if isinstance(size, int) else int(size.node.hint)
+    return size if isinstance(size, int) else int(size.node.hint)  # type: ignore[arg-type]
 
 
 def output_places(symmetry: Symmetry, layers: Sequence[Layer]) -> list[int]:
@@ -361,7 +361,7 @@ def fusing_costs(
             continue
         alignment = maps.get((layer.weight, 1), torch.arange(layer.channels))
         if is_wide(layer):
-            per_position = position_costs(statistics.rows[layer.name], *weights, alignment)
+            per_position = position_costs(statistics.rows[layer.name], weights[0], weights[1], alignment)
             for c in readable:
                 here = units.cls == c
                 costs[c].index_add_(0, units.unit[here], per_position[here])
@@ -423,7 +423,7 @@ def _add_grouped_costs(
     damping = (1e-3 * ff.diagonal(dim1=1, dim2=2).mean(1)).clamp_min(tiny)
     factor = torch.linalg.cholesky(ff + torch.diag_embed(damping[:, None].expand(-1, half)))
     residual = dd - fd.mT @ torch.cholesky_solve(fd, factor)
-    lost = sum(((w @ residual) * w).sum((1, 2)) for w in parts)
+    lost = torch.stack([((w @ residual) * w).sum((1, 2)) for w in parts]).sum(0)
     scale = sum(float(((w @ m) * w).sum()) for w, m in zip(parts, (aa, bb), strict=True))
     first = torch.arange(layer.groups) * (layer.channels // layer.groups)
     for c in costs:

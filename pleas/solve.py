@@ -295,7 +295,13 @@ def solve_grouped(
     variance = ((weight @ gram) * weight).sum(-1)
     residual = variance - 2 * (weight * cross).sum(-1) + target + (mean_wz + solved_bias - mean_out).square()
     dead = dead_positions(gram.diagonal(dim1=-2, dim2=-1).unflatten(1, (layer.taps, -1)).sum(1).flatten())
-    flat = [
-        x.flatten() for x in (solved_bias, mean_wz + solved_bias, variance, residual.clamp_min(0), target)
-    ]
-    return LayerSolution(weight.flatten(0, 1), *flat, moments.count, dead)
+    return LayerSolution(
+        weight=weight.flatten(0, 1),
+        bias=solved_bias.flatten(),
+        mean=(mean_wz + solved_bias).flatten(),
+        variance=variance.flatten(),
+        residual=residual.clamp_min(0).flatten(),
+        target=target.flatten(),
+        rows=moments.count,
+        dead=dead,
+    )

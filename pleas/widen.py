@@ -107,11 +107,11 @@ def _split(node: fx.Node, layouts: Layouts, args: list[Any]) -> list[Any]:
     layout = layouts.value(node.args[0], dim)  # type: ignore[arg-type]
     if not layout.widened:
         return args
-    sizes = node.args[1]
+    sizes: Any = args[1]
     if isinstance(sizes, int):
         sizes = [min(sizes, layout.old - i) for i in range(0, layout.old, sizes)]
     bounds = [0]
-    for size in sizes:  # type: ignore[union-attr]
+    for size in sizes:
         bounds.append(bounds[-1] + size)
     starts = [_bound(node, layout, bound) for bound in bounds]
     return [args[0], [y - x for x, y in itertools.pairwise(starts)], dim]

@@ -47,8 +47,8 @@ def ridge_by_lstsq(
 ) -> Tensor:
     """Ridge towards a prior as dense least squares on stacked rows, one output at a time.
 
-    z: (n, d), target: (n, o), prior: (o, d); damping is absolute, relative to the mean squared error. allowed: (o, d) marks the
-    weights that may differ from zero.
+    z: (n, d), target: (n, o), prior: (o, d); damping is absolute, relative to the mean squared error.
+    allowed: (o, d) marks the weights that may differ from zero.
     """
     n, d = z.shape
     if intercept:

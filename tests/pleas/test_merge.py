@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -48,14 +49,20 @@ def permuted_copy(name: str) -> nn.Module:
 
 
 def run(
-    name: str, a: nn.Module, b: nn.Module, settings: MergeSettings = SETTINGS, **plan: float
+    name: str,
+    a: nn.Module,
+    b: nn.Module,
+    settings: MergeSettings = SETTINGS,
+    *,
+    budget: float | None = None,
+    apart: float | None = None,
 ) -> MergeResult:
     batches = images(name).split(32)
     symmetry = traced(name)
     statistics = pleas.collect(symmetry, a, b, batches, settings)
     matching = pleas.match(symmetry, statistics, a, b, settings)
     statistics = pleas.collect_grouped(symmetry, statistics, matching, a, b, batches, settings)
-    made = pleas.make_plan(symmetry, statistics, matching, a, b, settings, **plan)
+    made = pleas.make_plan(symmetry, statistics, matching, a, b, settings, budget=budget, apart=apart)
     return pleas.assemble(symmetry, statistics, matching, made, a, b, settings, example=CASES[name].example())
 
 
@@ -246,7 +253,7 @@ def test_damaged_weights_and_exploding_activations_are_named() -> None:
         ({"budget": 1.5, "apart": 0.5}, "exactly one of budget"),
     ],
 )
-def test_impossible_plans_are_refused(plan: dict[str, float], message: str) -> None:
+def test_impossible_plans_are_refused(plan: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         run("residual", *parents("residual"), **plan)
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -13,7 +15,7 @@ from pleas.solve import blocks_of, mixing, pose, ridge_solve, solve, solve_group
 from pleas.symmetry import DimUnits
 from tests.reference import assignment_by_enumeration, ridge_by_lstsq
 
-F64 = {"rtol": 1e-10, "atol": 1e-10}
+F64: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-10}
 
 
 def units_of(size: int) -> DimUnits:

@@ -101,12 +101,16 @@ MICRO: dict[str, tuple[Callable[[], nn.Module], list]] = {
     ),
     "channel shuffle between grouped convolutions": (
         lambda: Micro(
-            nn.Sequential(nn.Conv2d(8, 8, 1, groups=2), nn.ChannelShuffle(2), nn.Conv2d(8, 8, 1, groups=2)), out=8
+            nn.Sequential(nn.Conv2d(8, 8, 1, groups=2), nn.ChannelShuffle(2), nn.Conv2d(8, 8, 1, groups=2)),
+            out=8,
         ),
         [(2, 2, 2, 4), 4, 4],  # a 2 x 2 grid of groups: one of its two factors is kept
     ),
     "channel attention": (
-        lambda: Micro(lambda y: ((y.flatten(2) @ y.flatten(2).mT).softmax(-1) @ y.mean((2, 3))[..., None]).squeeze(-1), out=8),
+        lambda: Micro(
+            lambda y: ((y.flatten(2) @ y.flatten(2).mT).softmax(-1) @ y.mean((2, 3))[..., None]).squeeze(-1),
+            out=8,
+        ),
         [8],
     ),
     "channel statistics": (lambda: Micro(lambda y: y / y.norm(dim=1, keepdim=True)), [8]),
@@ -114,7 +118,10 @@ MICRO: dict[str, tuple[Callable[[], nn.Module], list]] = {
     "constant bias per channel": (lambda: Micro(lambda y: y + torch.arange(8.0)[:, None, None]), []),
     "constant factor per channel": (lambda: Micro(lambda y: y * torch.ones(8).cumsum(0)[:, None, None]), []),
     "padded channels": (lambda: Micro(lambda y: F.pad(y, [0, 0, 0, 0, 1, 2]), out=11), [3, 8]),
-    "cat with a map of one channel": (lambda: Micro(lambda y: torch.cat([y, y.mean(1, True)], 1), out=9), [8]),
+    "cat with a map of one channel": (
+        lambda: Micro(lambda y: torch.cat([y, y.mean(1, True)], 1), out=9),
+        [8],
+    ),
     "cat with zeros": (lambda: Micro(lambda y: torch.cat([y, torch.zeros(2, 3, 6, 6)], 1), out=11), [3, 8]),
     "repeated channels": (lambda: Micro(lambda y: y.repeat_interleave(2, 1), out=16), [(8, 2)]),
     "tiled channels": (lambda: Micro(lambda y: y.repeat(1, 2, 1, 1), out=16), [(8, 2)]),
@@ -125,7 +132,10 @@ MICRO: dict[str, tuple[Callable[[], nn.Module], list]] = {
         lambda: Micro(lambda y: torch.einsum("nchw,nchw->nhw", y, y.tanh())[:, None] * y),
         [8],
     ),
-    "weight norm": (lambda: Micro(torch.nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 5, 1)), out=5), [8, 5]),
+    "weight norm": (
+        lambda: Micro(torch.nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 5, 1)), out=5),
+        [8, 5],
+    ),
 }
 REFUSED: dict[str, Callable[[], nn.Module]] = {
     "cumulative sum": lambda: Micro(lambda y: y.cumsum(1)),
