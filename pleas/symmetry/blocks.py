@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -29,9 +30,12 @@ class Blocks:
 
     def __init__(self, ledger: Ledger, unit_of: np.ndarray, edges: np.ndarray) -> None:
         """unit_of: id -> unit; edges: (child, parent) pairs of units, free of circles, shape (2, n)."""
-        self.ledger, self.unit_of, self.edges = ledger, unit_of, edges
+        self.ledger, self.unit_of = ledger, unit_of
         self.colours = np.zeros(int(unit_of.max()) + 1 if len(unit_of) else 0, np.uint64)
         np.add.at(self.colours, unit_of, ledger.colours)
+        self.inside: dict[int, set[int]] = defaultdict(set)  # block -> what lies directly inside
+        for child, parent in edges.T.tolist():
+            self.inside[parent].add(child)
 
     def tree(self) -> np.ndarray:
         """Parent of every unit, ROOT where there is none."""
@@ -46,49 +50,87 @@ class Blocks:
 
     def _merged(self) -> Leaves:
         """Make blocks over the same leaves one, a block over a single leaf that leaf; returns the leaf sets."""
-        leaves = _leaf_sets(self.edges)
+        leaves = self._leaf_sets()
         keeper: dict[frozenset[int], int] = {}
-        merged = np.arange(len(self.colours))
-        for block, inside in leaves.items():
-            merged[block] = keeper.setdefault(inside, block) if len(inside) > 1 else next(iter(inside))
-        if np.array_equal(merged, np.arange(len(merged))):
+        merged = {}
+        for block, below in leaves.items():
+            keep = keeper.setdefault(below, block) if len(below) > 1 else next(iter(below))
+            if keep != block:
+                merged[block] = keep
+        if not merged:
             return leaves
+        target = np.arange(len(self.colours))
+        target[list(merged)] = list(merged.values())
         summed = np.zeros_like(self.colours)
-        np.add.at(summed, merged, self.colours)
-        self.colours, self.unit_of = summed, merged[self.unit_of]
-        self._set_edges(merged[self.edges])
-        return _leaf_sets(self.edges)
+        np.add.at(summed, target, self.colours)
+        self.colours, self.unit_of = summed, target[self.unit_of]
+        inside: dict[int, set[int]] = defaultdict(set)
+        for block, children in self.inside.items():
+            block = merged.get(block, block)
+            inside[block] |= {merged.get(child, child) for child in children} - {block}
+        self.inside = defaultdict(set, {block: children for block, children in inside.items() if children})
+        return {block: below for block, below in leaves.items() if block not in merged}
 
-    def _set_edges(self, edges: np.ndarray) -> None:
-        self.edges = np.unique(edges[:, edges[0] != edges[1]], axis=1)
+    def _leaf_sets(self) -> Leaves:
+        found: Leaves = {}
+
+        def below(unit: int) -> frozenset[int]:
+            if unit not in self.inside:
+                return frozenset((unit,))
+            if unit not in found:
+                found[unit] = frozenset().union(*map(below, self.inside[unit]))
+            return found[unit]
+
+        for unit in list(self.inside):
+            below(unit)
+        return found
 
     def _resolve(self, crossing: list[tuple[int, int]]) -> None:
-        """Settle all crossings between two families, those of the first pair."""
+        """Settle the crossings family against family, each family at most once."""
         family = self._families({block for pair in crossing for block in pair})
-        one, other = sorted(family[block] for block in crossing[0])
-        met: dict[str, dict[int, set[int]]] = {one: defaultdict(set), other: defaultdict(set)}
-        for pair in crossing:
-            if sorted(family[block] for block in pair) == [one, other]:
-                for block, against in (pair, pair[::-1]):
-                    met[family[block]][block].add(against)
-        for name in (one, other) if one != other else ():
-            if all(len(against) == 1 for against in met[name].values()):
-                inside = [(block, next(iter(against))) for block, against in met[name].items()]
-                self._set_edges(np.concatenate([self.edges, np.array(inside).T], 1))
-                return
-        for block in sorted(min(met.values(), key=len)):
-            self._dissolve(block)
+        met: dict[tuple[str, str], list[tuple[int, int]]] = defaultdict(list)
+        for a, b in crossing:
+            met[tuple(sorted((family[a], family[b])))].append((a, b) if family[a] <= family[b] else (b, a))  # type: ignore[index]
+        settled: set[str] = set()
+        for names, pairs in sorted(met.items()):
+            if settled.isdisjoint(names):
+                settled |= set(names)
+                self._settle(pairs)
 
-    def _dissolve(self, block: int) -> None:
-        """Give up a block: what was inside is coloured by it and moves to the blocks around it."""
-        child, parent = self.edges
-        children, around = child[parent == block], parent[child == block]
-        with np.errstate(over="ignore"):
-            self.colours[children] += mix(np.uint64(salt_of(f"inside {block}")))
-            self.colours[block] += mix(np.uint64(salt_of(f"alone {block}")))
-        rest = self.edges[:, (child != block) & (parent != block)]
-        bridges = np.stack([np.repeat(children, len(around)), np.tile(around, len(children))])
-        self._set_edges(np.concatenate([rest, bridges], 1))
+    def _settle(self, pairs: list[tuple[int, int]]) -> None:
+        """One family (first of each pair) against another: move inside if that is unique, else give one up."""
+        sides: list[dict[int, set[int]]] = [defaultdict(set), defaultdict(set)]
+        for a, b in pairs:
+            sides[0][a].add(b)
+            sides[1][b].add(a)
+        if sides[0].keys().isdisjoint(sides[1].keys()):
+            for side in sides:
+                if all(len(against) == 1 for against in side.values()):
+                    for block, against in side.items():
+                        self.inside[next(iter(against))].add(block)
+                    return
+        self._dissolve(min(sides, key=len).keys())
+
+    def _dissolve(self, blocks: Iterable[int]) -> None:
+        """Give up blocks: what was inside is coloured by them and moves to the blocks around."""
+        gone = sorted(blocks)
+        around: dict[int, list[int]] = defaultdict(list)
+        for outer, children in self.inside.items():
+            for block in children.intersection(gone):
+                around[block].append(outer)
+        for block in gone:
+            children = self.inside.pop(block)
+            members = list(children)
+            with np.errstate(over="ignore"):
+                self.colours[members] += mix(np.uint64(salt_of(f"inside {block}")))
+                self.colours[block] += mix(np.uint64(salt_of(f"alone {block}")))
+            for outer in around[block]:
+                if outer not in self.inside:
+                    continue  # given up before; its own outer blocks are in the list
+                self.inside[outer].discard(block)
+                self.inside[outer] |= children
+                for child in children.intersection(gone):
+                    around[child].append(outer)
 
     def _families(self, blocks: set[int]) -> dict[int, str]:
         """Block -> what its first id was made for."""
@@ -97,24 +139,6 @@ class Blocks:
         birth = np.searchsorted(firsts, ids, side="right") - 1
         first_birth = dict(zip(units.tolist(), birth.tolist(), strict=True))
         return {block: self.ledger.births[first_birth[block]][1] for block in blocks}
-
-
-def _leaf_sets(edges: np.ndarray) -> Leaves:
-    children: dict[int, list[int]] = defaultdict(list)
-    for child, parent in edges.T.tolist():
-        children[parent].append(child)
-    found: Leaves = {}
-
-    def below(unit: int) -> frozenset[int]:
-        if unit not in children:
-            return frozenset((unit,))
-        if unit not in found:
-            found[unit] = frozenset().union(*(below(c) for c in children[unit]))
-        return found[unit]
-
-    for unit in list(children):
-        below(unit)
-    return found
 
 
 def _chains(leaves: Leaves) -> dict[int, list[int]]:

@@ -206,7 +206,7 @@ class TwoInputs(nn.Module):
 def test_what_cannot_be_exported_is_refused_in_one_sentence() -> None:
     images = torch.randn(2, 3, 2, 2)
     with pytest.raises(
-        UnsupportedModel, match="torch.export cannot follow the forward of Branches .* control flow"
+        UnsupportedModel, match=r"torch.export cannot follow the forward of Branches .* control flow"
     ):
         export_program(Branches(), images)
     with pytest.raises(
@@ -214,7 +214,7 @@ def test_what_cannot_be_exported_is_refused_in_one_sentence() -> None:
     ):
         export_program(Counts(), images)
     with pytest.raises(
-        UnsupportedModel, match="cannot follow the forward of TwoInputs .* other than one image tensor"
+        UnsupportedModel, match=r"cannot follow the forward of TwoInputs .* other than one image tensor"
     ):
         export_program(TwoInputs(), images)
     with pytest.raises(

@@ -74,23 +74,25 @@ _TORCHVISION = [
 ]
 TORCHVISION: dict[str, Entry] = {entry.name: entry for entry in _TORCHVISION}
 
+_SHALLOW = {"layers": (1, 1, 1, 1)}
 _ATTENTION = {"depth": 2}
 _TIMM = [
     # residual networks and their kin
+    *_entries("*timm:resnet10t timm:test_resnet"),
     *_entries(
-        "*timm:resnet10t timm:resnet18d timm:resnet26t timm:resnet50_gn timm:resnetaa50d timm:resnetblur50"
+        "timm:resnet18d timm:resnet26t timm:resnet50_gn timm:resnetaa50d timm:resnetblur50", **_SHALLOW
     ),
     *_entries(
-        "timm:seresnet50 timm:seresnext26d_32x4d timm:ecaresnet26t timm:ecaresnext26t_32x4d timm:resnetrs50"
+        "timm:seresnet50 timm:seresnext26d_32x4d timm:ecaresnet26t timm:ecaresnext26t_32x4d", **_SHALLOW
     ),
+    *_entries("timm:resnetrs50 timm:wide_resnet50_2 timm:res2net50_14w_8s timm:res2next50", **_SHALLOW),
     *_entries(
-        "*timm:resnetv2_18 timm:resnetv2_50d_gn timm:resnetv2_50d_frn timm:resnetv2_50d_evos timm:resnetv2_50x1_bit"
+        "*timm:resnetv2_18 timm:resnetv2_50d_gn timm:resnetv2_50d_frn timm:resnetv2_50d_evos", **_SHALLOW
     ),
-    *_entries("timm:legacy_seresnet18 timm:legacy_seresnext26_32x4d timm:res2net50_14w_8s timm:res2next50"),
-    *_entries(
-        "*timm:resnest14d timm:resnest50d_4s2x40d timm:skresnet18 timm:skresnext50_32x4d timm:wide_resnet50_2"
-    ),
-    *_entries("timm:test_resnet timm:inception_resnet_v2@96 timm:inception_v3@96 timm:inception_v4@96"),
+    *_entries("timm:resnetv2_50x1_bit *timm:resnest14d timm:resnest50d_4s2x40d timm:skresnet18", **_SHALLOW),
+    *_entries("timm:skresnext50_32x4d", **_SHALLOW),
+    *_entries("timm:legacy_seresnet18 timm:legacy_seresnext26_32x4d"),
+    *_entries("timm:inception_resnet_v2@96 timm:inception_v3@96 timm:inception_v4@96"),
     *_entries(
         "timm:densenet121 timm:densenetblur121d timm:vgg11 timm:vgg11_bn timm:dla34 timm:dla46x_c timm:dla60_res2net"
     ),
