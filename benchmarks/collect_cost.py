@@ -55,7 +55,9 @@ class Noise:
 @click.option("--size", default=32, show_default=True)
 @click.option("--batch", default=64, show_default=True)
 @click.option("--counts", default="256,512,1024", show_default=True, help="Numbers of images.")
-@click.option("--positions", default=48, show_default=True)
+@click.option(
+    "--rows", default=16, show_default=True, help="Per unknown of a layer; as in pleas.MergeSettings."
+)
 @click.option("--repeats", default=3, show_default=True)
 @click.option("--threads", default=2, show_default=True)
 @click.option("--device", default="cpu", show_default=True)
@@ -99,7 +101,7 @@ def measure(
     channels: int,
     size: int,
     batch: int,
-    positions: int,
+    rows: int,
     repeats: int,
     threads: int,
     device: str,
@@ -110,7 +112,7 @@ def measure(
     shape = (channels, size, size)
     inputs = Noise(count, batch, shape, device)
     symmetry = pleas.trace(parents[0], torch.zeros(2, *shape))
-    settings = pleas.MergeSettings(positions=positions)
+    settings = pleas.MergeSettings(rows=rows)
 
     def forwards() -> None:
         with torch.no_grad():

@@ -29,7 +29,7 @@ THUMBNAILS = "${DATAFREE_DATA}/data/imagenet_sample_64.npz"
 
 SOURCES: dict[str, dict[str, Any]] = {
     "real": {"count": 500, "sources": [{"kind": "images", "images": {"npz": CIFAR, "x": "x_train"}}]},
-    "inversion": {"count": 768, "sources": [{"kind": "inversion", "mode": "split", "steps": 60}]},
+    "inversion": {"count": 768, "sources": [{"kind": "inversion", "mode": "split"}]},
     "thumbnails": {"count": 384, "sources": [{"kind": "images", "images": {"npz": THUMBNAILS, "x": "x"}}]},
 }
 
