@@ -28,6 +28,8 @@ class RefineSettings:
                   statistics; False: they keep those that the merge gave them
     views:        how many augmented batches there are before they come round again, so that the parents
                   answer each of them once; 0: a new batch every step
+    mix:          share of a batch whose images are blended with others, so that the network learns what lies
+                  between the images of one parent and of the other
     holdout:      share of the images never trained on, on which the result is judged
     checks:       how often it is judged, and the state handed to `checkpoint`
     patience:     checks without a better result after which the run ends early; None: it never does
@@ -47,6 +49,7 @@ class RefineSettings:
     average: float = 0.99
     batch_statistics: bool = True
     views: int = 0
+    mix: float = 0.5
     holdout: float = 0.1
     checks: int = 20
     patience: int | None = None
@@ -81,6 +84,8 @@ class RefineSettings:
         for name in ("warmup", "average"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"{name} = {getattr(self, name):g}: must be at least 0 and below 1")
+        if not 0 <= self.mix <= 1:
+            raise InputError(f"mix = {self.mix:g}: must be between 0 and 1, a share of every batch")
         if not 0 < self.holdout <= 0.5:
             raise InputError(
                 f"holdout = {self.holdout:g}: must be above 0 and at most 0.5; nothing else says when to stop"

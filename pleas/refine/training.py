@@ -110,7 +110,7 @@ def refine(
         raise NonFinite(
             "the merged network returns NaN or infinity on proxy images before any refining: see the merge"
         )
-    batches = Batches(train, settings.batch, settings.seed, augment, settings.views)
+    batches = Batches(train, settings.batch, settings.seed, augment, settings.views, settings.mix)
     lesson = _Lesson(batches, parents, judge.objective, normalise, settings, device)
     run = _Run(learner, lesson, judge, start, progress)
     identity = {**asdict(settings), "images": list(images.shape), "heads": heads}

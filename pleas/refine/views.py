@@ -22,10 +22,16 @@ def generator_for(seed: int, *purpose: str | int) -> torch.Generator:
 
 
 class Batches:
-    """Augmented batches of `images`, uint8 (N, C, H, W); every image once before any comes again."""
+    """Augmented batches of `images`, uint8 (N, C, H, W); every image once before any comes again.
 
-    def __init__(self, images: Tensor, size: int, seed: int, augment: Augment | None, views: int) -> None:
-        self._images, self._size, self._seed, self._augment, self._views = images, size, seed, augment, views
+    views: different batches before they come round, 0: no limit      mix: share of a batch that is blended
+    """
+
+    def __init__(
+        self, images: Tensor, size: int, seed: int, augment: Augment | None, views: int = 0, mix: float = 0.0
+    ) -> None:
+        self._images, self._size, self._seed = images, size, seed
+        self._augment, self._views, self._mix = augment, views, mix
         self._orders: dict[tuple[str, int], Tensor] = {}
 
     def number(self, step: int) -> int:
@@ -43,11 +49,10 @@ class Batches:
             here = laps == lap
             chosen[here] = self._order("images", lap, len(self._images))[offsets[here]]
         images = self._images[chosen]
-        return (
-            images
-            if self._augment is None
-            else self._augment(images, generator_for(self._seed, "view", number))
-        )
+        generator = generator_for(self._seed, "view", number)
+        if self._augment is not None:
+            images = self._augment(images, generator)
+        return blend(images, self._mix, generator)
 
     def _order(self, kind: str, lap: int, count: int) -> Tensor:
         if (kind, lap) not in self._orders:
@@ -77,6 +82,20 @@ def shift_and_flip(
     image = torch.arange(count)[:, None, None, None]
     channel = torch.arange(channels)[None, :, None, None]
     return images[image, channel, rows[:, None, :, None], columns[:, None, None, :]]
+
+
+def blend(images: Tensor, share: float, generator: torch.Generator) -> Tensor:
+    """A copy in which the first `share` of the images are each blended with another one, in random proportions.
+
+    This is MixUp (arXiv 1710.09412) without labels: the parents say what the blend is.
+    """
+    count = round(share * len(images))
+    if not count:
+        return images
+    partners = images[torch.randperm(len(images), generator=generator)[:count]].float()
+    part = torch.rand(count, 1, 1, 1, generator=generator)
+    blended = (part * images[:count] + (1 - part) * partners).round().to(torch.uint8)
+    return torch.cat([blended, images[count:]])
 
 
 def _offsets(count: int, side: int, shift: float, generator: torch.Generator) -> Tensor:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from pleas.errors import InputError, NonFinite
 from pleas.refine import Evidence, RefineResult, RefineSettings, refine, shift_and_flip
 from pleas.refine.distil import Objective, heads_of
-from pleas.refine.views import Batches, split_off
+from pleas.refine.views import Batches, blend, split_off
 from tests.cases import conv_bn, pooled_head, randomise
 
 SHORT = RefineSettings(steps=30, batch=16, rate=3e-3, checks=5, holdout=0.25)
@@ -262,6 +262,7 @@ def test_minutes_below_one_step() -> None:
         ({"logit_weight": -0.1}, r"logit_weight = -0\.1: must not be negative"),
         ({"warmup": 1.0}, r"warmup = 1: must be at least 0 and below 1"),
         ({"holdout": 0.0}, r"holdout = 0: .* nothing else says when to stop"),
+        ({"mix": 1.5}, r"mix = 1\.5: must be between 0 and 1, a share of every batch"),
         ({"patience": 0}, r"patience = 0: must be at least 1 check"),
     ],
 )
@@ -419,6 +420,18 @@ def test_shift_and_flip_by_loops() -> None:
         padded = F.pad(image.float()[None], (3, 3, 3, 3), mode="reflect")[0].to(torch.uint8)
         windows = [padded[:, y : y + 12, x : x + 12] for y in range(7) for x in range(7)]
         assert any(torch.equal(result, window) or torch.equal(result, window.flip(2)) for window in windows)
+
+
+def test_blend_by_loops() -> None:
+    images = proxies(8)
+    blended = blend(images, 0.75, torch.Generator().manual_seed(1))
+    assert torch.equal(blended[6:], images[6:])
+    generator = torch.Generator().manual_seed(1)
+    order, part = torch.randperm(8, generator=generator), torch.rand(6, 1, 1, 1, generator=generator)
+    for i in range(6):
+        exact = part[i] * images[i].double() + (1 - part[i]) * images[order[i]].double()
+        assert (blended[i].double() - exact).abs().max() <= 0.5 + 1e-4
+    assert torch.equal(blend(images, 0.0, generator), images)
 
 
 def test_split_is_a_partition() -> None:
