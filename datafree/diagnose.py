@@ -1,0 +1,215 @@
+"""Knowing before merging how good the proxies are: per source, parent and layer, without labels, and better with a
+few real images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import pleas
+from datafree.models import Parent
+from datafree.proxy.build import ProxySet
+from datafree.proxy.observe import Observation, agreement, observe
+from datafree.proxy.spectra import Cover, Frame, Rank, ranks, shared_assignments
+
+Progress = Callable[[str, int, int], None]  # stage, done, total
+
+
+@dataclass(frozen=True)
+class ParentScores:
+    """One parent on one source's images."""
+
+    observation: Observation
+    ranks: tuple[Rank, ...]
+
+    @property
+    def effective_rank(self) -> float:
+        """Mean over layers of the effective rank as a share of the layer's inputs."""
+        return _mean([rank.effective / rank.size for rank in self.ranks])
+
+    @property
+    def dead(self) -> int:
+        return sum(rank.dead for rank in self.ranks)
+
+    @property
+    def spread(self) -> float:
+        """Entropy of the mean prediction as a share of the most it can be."""
+        return (
+            self.observation.entropy / self.observation.entropy_limit
+            if self.observation.entropy_limit
+            else 0.0
+        )
+
+
+@dataclass(frozen=True)
+class SourceDiagnosis:
+    """One source of a proxy set (or all together).
+
+    stability:  share of units that two halves of the images match alike
+    agreement:  share of images on which the parents predict the same class; None with separate labels
+    cover:      against real images, layer by layer; None without them
+    matched_as_real: share of units matched as the real images match them; None without them
+    """
+
+    name: str
+    images: int
+    seconds_per_1000: float | None
+    parents: tuple[ParentScores, ParentScores]
+    stability: float
+    agreement: float | None
+    cover: tuple[Cover, ...] | None
+    matched_as_real: float | None
+
+    @property
+    def bn_log_var(self) -> float | None:
+        """Mean of the parents' distances; None where neither has batch norm."""
+        found = [scores.observation.bn_log_var for scores in self.parents]
+        known = [value for value in found if value is not None]
+        return _mean(known) if known else None
+
+    @property
+    def bn_mean(self) -> float | None:
+        found = [scores.observation.bn_mean for scores in self.parents]
+        known = [value for value in found if value is not None]
+        return _mean(known) if known else None
+
+    @property
+    def spread(self) -> float:
+        return _mean([scores.spread for scores in self.parents])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, all layers included."""
+        parents = {
+            scores.observation.parent: {
+                "bn_mean": scores.observation.bn_mean,
+                "bn_log_var": scores.observation.bn_log_var,
+                "entropy": scores.observation.entropy,
+                "entropy_limit": scores.observation.entropy_limit,
+                "effective_rank": scores.effective_rank,
+                "dead_directions": scores.dead,
+                "norms": [asdict(norm) for norm in scores.observation.norms],
+                "layers": [asdict(rank) for rank in scores.ranks],
+            }
+            for scores in self.parents
+        }
+        return {
+            "source": self.name,
+            "images": self.images,
+            "seconds_per_1000": self.seconds_per_1000,
+            "match_stability": self.stability,
+            "agreement": self.agreement,
+            "matched_as_real": self.matched_as_real,
+            "parents": parents,
+            "real": None if self.cover is None else [asdict(layer) for layer in self.cover],
+        }
+
+
+def diagnose(
+    proxies: ProxySet,
+    parents: tuple[Parent, Parent],
+    symmetry: pleas.Symmetry,
+    settings: pleas.MergeSettings,
+    *,
+    real: Tensor | None = None,
+    batch: int = 64,
+    device: torch.device | None = None,
+    progress: Progress | None = None,
+) -> list[SourceDiagnosis]:
+    """Every source of `proxies`, and all of them together where there are several.
+
+    real: uint8 (n, C, H, W), a few images of the parents' own kind, for the comparisons that need them
+    """
+    place = device or torch.device("cpu")
+    sets: list[tuple[str, ProxySet, float | None]] = [
+        (f"{number + 1} {report.kind}", proxies.source(number), report.seconds_per_1000)
+        for number, report in enumerate(proxies.manifest)
+    ]
+    if len(sets) > 1:
+        sets.append(("all", proxies, None))
+    known = None if real is None else _Reference(real, parents, symmetry, settings, batch, place)
+    found = []
+    for number, (name, images, seconds) in enumerate(sets):
+        found.append(_diagnose(name, images, seconds, parents, symmetry, settings, known, batch, place))
+        if progress is not None:
+            progress("diagnosis", number + 1, len(sets))
+    return found
+
+
+class _Reference:
+    """Statistics of the real images."""
+
+    def __init__(
+        self,
+        images: Tensor,
+        parents: tuple[Parent, Parent],
+        symmetry: pleas.Symmetry,
+        settings: pleas.MergeSettings,
+        batch: int,
+        device: torch.device,
+    ) -> None:
+        inputs = list(_inputs(images.split(batch), parents, device))
+        a, b = (parent.module for parent in parents)
+        self.statistics = pleas.collect(symmetry, a, b, inputs, settings, images=len(images))
+        self.matching = pleas.match(symmetry, self.statistics, a, b, settings)
+
+
+def _diagnose(
+    name: str,
+    images: ProxySet,
+    seconds: float | None,
+    parents: tuple[Parent, Parent],
+    symmetry: pleas.Symmetry,
+    settings: pleas.MergeSettings,
+    real: _Reference | None,
+    batch: int,
+    device: torch.device,
+) -> SourceDiagnosis:
+    a, b = (parent.module for parent in parents)
+    total, middle = len(images), len(images) // 2
+    halves = []
+    # Not every other image: a split inversion deals its images to the parents in turn.
+    for first, last in ((0, middle), (middle, total)):
+        batches = (
+            images.batch(range(start, min(start + batch, last))) for start in range(first, last, batch)
+        )
+        inputs = _inputs(batches, parents, device)
+        halves.append(pleas.collect(symmetry, a, b, inputs, settings, first_image=first, images=total))
+    matchings = [pleas.match(symmetry, half, a, b, settings) for half in halves]
+    statistics = halves[0] + halves[1]
+    matching = pleas.match(symmetry, statistics, a, b, settings)
+    seen = [observe(parent, images.batches(batch), device) for parent in parents]
+    rank_a, rank_b = ranks(symmetry, statistics)
+    cover = None
+    if real is not None:
+        frame = Frame(symmetry, statistics, matching, a, b, settings)
+        cover = tuple(frame.cover(statistics, real.statistics))
+    return SourceDiagnosis(
+        name=name,
+        images=total,
+        seconds_per_1000=seconds,
+        parents=(ParentScores(seen[0], tuple(rank_a)), ParentScores(seen[1], tuple(rank_b))),
+        stability=shared_assignments(symmetry, *matchings),
+        agreement=agreement(*seen) if settings.heads == "shared" else None,
+        cover=cover,
+        matched_as_real=None if real is None else shared_assignments(symmetry, matching, real.matching),
+    )
+
+
+def _inputs(
+    batches: Sequence[Tensor] | Iterator[Tensor], parents: tuple[Parent, Parent], device: torch.device
+):
+    """Each batch as both parents take it."""
+    a, b = (parent.preprocess for parent in parents)
+    for images in batches:
+        moved = images.to(device)
+        first = a(moved)
+        yield first, first if a == b else b(moved)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,119 @@
+"""What one network makes of a set of images: batch-norm statistics against the stored ones, and its predictions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from datafree.models import Parent
+
+_BatchNorm = nn.modules.batchnorm._BatchNorm
+
+
+@dataclass(frozen=True)
+class NormDistance:
+    """How far the input of one batch-norm layer is from what the layer saw in training.
+
+    mean:    sqrt(mean over channels of (m - mu)^2 / (var + eps))
+    log_var: mean over channels of |log (v + eps) / (var + eps)|
+    """
+
+    layer: str
+    mean: float
+    log_var: float
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One parent on one set of images.
+
+    entropy:     of the mean prediction, in nats; `entropy_limit` is the most it can be, log min(classes, images)
+    predictions: int64 (images,), the most likely class of each
+    """
+
+    parent: str
+    norms: tuple[NormDistance, ...]
+    entropy: float
+    entropy_limit: float
+    predictions: Tensor
+
+    @property
+    def bn_mean(self) -> float | None:
+        return _mean([norm.mean for norm in self.norms])
+
+    @property
+    def bn_log_var(self) -> float | None:
+        return _mean([norm.log_var for norm in self.norms])
+
+
+@torch.no_grad()
+def observe(parent: Parent, batches: Iterable[Tensor], device: torch.device) -> Observation:
+    """One pass of `parent` over uint8 batches (n, C, H, W). Sums run in float64; hooks are gone afterwards."""
+    watched = {
+        name: _Sums(layer)
+        for name, layer in parent.module.named_modules()
+        if isinstance(layer, _BatchNorm) and layer.running_mean is not None
+    }
+    layers = dict(parent.module.named_modules())
+    home = next(parent.module.parameters()).device
+    handles = [layers[name].register_forward_pre_hook(sums.add) for name, sums in watched.items()]
+    total, predictions = None, []
+    try:
+        parent.module.to(device)
+        for images in batches:
+            logits = parent.module(parent.preprocess(images.to(device))).double()
+            summed = logits.softmax(1).sum(0)
+            total = summed if total is None else total + summed
+            predictions.append(logits.argmax(1).cpu())
+    finally:
+        for handle in handles:
+            handle.remove()
+        parent.module.to(home)
+    assert total is not None, "a set of proxies has at least one image"
+    chosen = torch.cat(predictions)
+    mean = (total / len(chosen)).cpu()
+    entropy = float(-(mean * mean.clamp_min(1e-300).log()).sum())
+    limit = math.log(min(len(mean), len(chosen)))
+    norms = tuple(sums.distance(name) for name, sums in watched.items())
+    return Observation(parent.name, norms, entropy, limit, chosen)
+
+
+def agreement(a: Observation, b: Observation) -> float:
+    """Share of the images on which both parents predict the same class."""
+    return float((a.predictions == b.predictions).double().mean())
+
+
+class _Sums:
+    """Count, sum and sum of squares of a batch norm's input, per channel."""
+
+    def __init__(self, layer: _BatchNorm) -> None:
+        self.layer = layer
+        self.count = 0
+        self.first: Tensor | float = 0.0
+        self.second: Tensor | float = 0.0
+
+    def add(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        value = inputs[0].double().transpose(0, 1).flatten(1)
+        self.count += value.shape[1]
+        self.first = self.first + value.sum(1)
+        self.second = self.second + value.square().sum(1)
+
+    def distance(self, name: str) -> NormDistance:
+        mean, variance = self.layer.running_mean, self.layer.running_var
+        assert isinstance(self.first, Tensor)
+        assert isinstance(self.second, Tensor)
+        assert mean is not None
+        assert variance is not None
+        found = (self.first / self.count).cpu()
+        spread = (self.second.cpu() / self.count - found.square()).clamp_min(0) + self.layer.eps
+        stored = variance.double().cpu() + self.layer.eps
+        offset = ((found - mean.double().cpu()).square() / stored).mean().sqrt()
+        return NormDistance(name, float(offset), float((spread / stored).log().abs().mean()))
+
+
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None
