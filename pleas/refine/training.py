@@ -28,7 +28,7 @@ Progress = Callable[[str, int, int], None]
 
 FORMAT = 1
 MIN_HELD_OUT = 16
-DIVERGED = 3.0  # a held-out loss this many times the start's, and above that of a network blind to its input
+DIVERGED = 3.0  # a held-out loss this many times the start's and that of a network blind to its input
 _AT_ONCE = 256  # images judged in one forward pass
 _DEFAULTS = RefineSettings()
 
@@ -304,7 +304,7 @@ class _Run:
 
     def _check(self) -> None:
         evidence = self._judge(self._learner.average)
-        if not evidence.loss <= max(DIVERGED * self._start.loss, self._judge.blind):
+        if not evidence.loss <= DIVERGED * max(self._start.loss, self._judge.blind):
             raise Diverged(f"the held-out loss rose from {self._start.loss:.3g} to {evidence.loss:.3g}")
         trained = sum(self._losses) / len(self._losses)
         self.history.append(Check(self._learner.step, self.seconds, self._rate(), trained, evidence))
