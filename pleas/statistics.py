@@ -95,7 +95,7 @@ class PositionSampler:
     """
 
     PERIOD = 256  # images after which the choices repeat
-    LEAST = 4  # positions of every image, also where a layer has few unknowns
+    LEAST = 16  # positions of every image, also where a layer has few unknowns
 
     def __init__(self, settings: MergeSettings, images: int | None) -> None:
         self.settings, self.images = settings, images
