@@ -143,7 +143,7 @@ def collect(
     Raises NonFinite naming the first layer whose inputs are not finite.
     """
     layers = find_layers(symmetry.program)
-    states = [state_of(symmetry.program, a), state_of(symmetry.program, b)]
+    states = [_placed(state_of(symmetry.program, parent), parent) for parent in (a, b)]
     joint: dict[str, Moments] = {}
     units: dict[str, Moments] = {}
     rows_of: dict[str, Rows] = {}
@@ -187,7 +187,8 @@ def collect_grouped(
     if not layers:
         return statistics
     program = symmetry.program
-    states = [state_of(program, a), permute_state(symmetry, state_of(program, b), matching)]
+    permuted = permute_state(symmetry, _placed(state_of(program, b), a, "cpu"), matching)
+    states = [_placed(state_of(program, a), a), _placed(permuted, a)]
     grouped: dict[str, Moments] = {}
 
     def gather(layer: Layer, pair: list[Tensor], positions: Tensor | None) -> None:
@@ -209,6 +210,14 @@ def _count(inputs: Iterable[Batch]) -> int:
     if not isinstance(inputs, (list, tuple)):
         return 0
     return sum(len(batch if isinstance(batch, Tensor) else batch[0]) for batch in inputs)
+
+
+def _placed(
+    state: Mapping[str, Tensor], parent: torch.nn.Module, device: str | None = None
+) -> dict[str, Tensor]:
+    """The state where the parent is: what a rewrite added, and lifted constants, are made on the CPU."""
+    where = device or next(parent.parameters()).device
+    return {name: tensor.to(where) for name, tensor in state.items()}
 
 
 def _on_cpu(moments: Mapping[str, Moments]) -> dict[str, Moments]:

@@ -26,7 +26,7 @@ from pleas.symmetry.rules import Op, Result, rule, unlisted
 @rule("norm", "max", "min")
 def reduction(op: Op) -> Result:
     """A symmetric reduction: what it runs over disappears, what it runs across becomes blocks."""
-    value = op.args.get("self", op.args.get("x"))
+    value: Any = op.args.get("self", op.args.get("x"))
     dims = op.args.get("dim")
     if op.name in ("max", "min") and dims is not None:
         return unlisted(op)  # also returns indices, which are positions

@@ -5,6 +5,8 @@ Pooling and resizing are here too: like a convolution, they sum over positions i
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from pleas.symmetry.averages import normalised, reduced, with_channels
@@ -123,7 +125,7 @@ def with_space(op: Op, value: Val) -> Val:
 @rule("_upsample_bicubic2d_aa", "_upsample_nearest_exact2d", "reflection_pad2d", "replication_pad2d")
 def planar(op: Op) -> Result:
     """Pooling and resizing: mixes height and width, acts on every channel alike."""
-    value = op.args.get("self", op.args.get("input"))
+    value: Any = op.args.get("self", op.args.get("input"))
     result = with_space(op, space_mixed(op, value, 2))
     return result if len(op.shapes) == 1 else [result] * len(op.shapes)
 
@@ -133,5 +135,6 @@ def planar(op: Op) -> Result:
 )
 def linear_in_space(op: Op) -> Result:
     """Pooling and resizing along one dimension."""
-    result = with_space(op, space_mixed(op, op.args.get("self", op.args.get("input")), 1))
+    value: Any = op.args.get("self", op.args.get("input"))
+    result = with_space(op, space_mixed(op, value, 1))
     return result if len(op.shapes) == 1 else [result] * len(op.shapes)

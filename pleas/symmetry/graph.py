@@ -113,7 +113,7 @@ def _plain_program(exported: ExportedProgram, model: nn.Module, notes: list[str]
         if node.op == "placeholder" and specs[node.name].kind is not InputKind.USER_INPUT:
             target = str(specs[node.name].target)
             if target not in tensors:
-                value = exported.constants[target]
+                value: Any = exported.constants[target]
                 target = f"constants.{target}"
                 constants[target] = value.detach()
             copies[node] = graph.create_node("get_attr", tied.get(target, target))
@@ -221,4 +221,4 @@ def _keeps_everything(node: fx.Node) -> bool:
     source, dim, start, end, step = (*node.args, *(None, 0, None, None, 1)[len(node.args) :])
     size = source.meta["val"].shape[dim]  # type: ignore[union-attr]
     whole = end is None or end == torch.iinfo(torch.int64).max or (isinstance(size, int) and end == size)
-    return start in (None, 0) and whole and step == 1
+    return bool(start in (None, 0) and whole and step == 1)

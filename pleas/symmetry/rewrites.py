@@ -62,14 +62,17 @@ def _pads_channels_with_zeros(node: fx.Node) -> bool:
     pad: Any = node.args[1]
     fill = node.args[2] if len(node.args) > 2 else 0
     four_d = node.meta["val"].dim() == 4
-    return four_d and fill == 0 and len(pad) == 6 and not any(pad[:4]) and min(pad) >= 0 and any(pad[4:])
+    return bool(
+        four_d and fill == 0 and len(pad) == 6 and not any(pad[:4]) and min(pad) >= 0 and any(pad[4:])
+    )
 
 
 def _before_strided_slices(node: Any) -> tuple[fx.Node, list[int]]:
     """Walk up slices `[::s]` of height and width: the value they read, and their strides."""
     stride = [1, 1]
     while node.target is aten.slice.Tensor:
-        source, dim, start, end, step = (*node.args, *(None, 0, None, None, 1)[len(node.args) :])
+        filled: list[Any] = [*node.args, *(None, 0, None, None, 1)[len(node.args) :]]
+        source, dim, start, end, step = filled
         size = source.meta["val"].shape[dim]
         whole = start in (None, 0) and (end is None or end >= size)
         if dim not in (2, 3) or not whole or stride[dim - 2] != 1:

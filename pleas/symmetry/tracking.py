@@ -49,8 +49,10 @@ class Tracked:
 class Tracker:
     """Walks the graph once. Use `track`."""
 
-    def __init__(self, program: Program, state: Mapping[str, Tensor]) -> None:
-        self.program, self.state = program, state
+    def __init__(self, program: Program, model: nn.Module) -> None:
+        self.program, self.state = program, state_of(program, model)
+        saved = model.state_dict().keys()
+        self.constants = {*program.constants, *(name for name in program.buffers if name not in saved)}
         self.ledger = Ledger()
         self.values: dict[fx.Node, Any] = {}
         self.dynamic: set[fx.Node] = set()  # nodes that depend on the image
@@ -81,7 +83,11 @@ class Tracker:
         return self._call(node)
 
     def _source(self, node: fx.Node) -> Val:
-        """Parameters and running statistics get ids on every axis; other buffers and constants are fixed."""
+        """Parameters and running statistics get ids on every axis; everything else is fixed.
+
+        Constants and buffers outside the state dict are the same for all networks of the architecture, so that their
+        numbers may be looked at: where they do not vary, there is nothing to fix. Other buffers are fixed altogether.
+        """
         name = str(node.target)
         tensor = self.state[name]
         shape = tuple(tensor.shape)
@@ -170,13 +176,14 @@ class Tracker:
 
 def track(program: Program, model: nn.Module) -> Tracked:
     """Labels for every node of the program. `model` supplies shapes, and the numbers of constants."""
-    return Tracker(program, state_of(program, model)).run()
+    return Tracker(program, model).run()
 
 
 def hint(value: Any) -> Any:
     """A plain number for a symbolic one: its value in the exported example."""
     if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
-        return value.node.require_hint() if hasattr(value.node, "require_hint") else value.node.hint
+        node: Any = value.node
+        return node.require_hint() if hasattr(node, "require_hint") else node.hint
     return value
 
 
@@ -232,7 +239,7 @@ def _grouped_weights(graph: fx.Graph) -> dict[str, int]:
         if node.target is aten.convolution.default and node.args[8] > 1:
             shape = shape_of(node.args[1].meta["val"])
             found = _parameters_behind(node.args[1], shape)
-            groups.update(dict.fromkeys(found, node.args[8]))
+            groups.update(dict.fromkeys(found, int(node.args[8])))
     return groups
 
 

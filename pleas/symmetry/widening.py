@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -124,7 +125,7 @@ def _placed_dims(node: fx.Node, name: str, ndim: int) -> list[int]:
     if name in ("index_select", "unfold"):
         return [int(args[1]) % ndim]  # type: ignore[arg-type]
     if name in ("roll", "flip"):
-        dims = args[2] if name == "roll" and len(args) > 2 else args[1]
+        dims: Any = list(args)[2 if name == "roll" and len(args) > 2 else 1]
         return [d % ndim for d in dims]  # type: ignore[union-attr]
     return list(range(ndim))
 

@@ -74,8 +74,8 @@ _TORCHVISION = [
 ]
 TORCHVISION: dict[str, Entry] = {entry.name: entry for entry in _TORCHVISION}
 
-_SHALLOW = {"layers": (1, 1, 1, 1)}
-_ATTENTION = {"depth": 2}
+_SHALLOW: dict[str, Any] = {"layers": (1, 1, 1, 1)}
+_ATTENTION: dict[str, Any] = {"depth": 2}
 _TIMM = [
     # residual networks and their kin
     *_entries("*timm:resnet10t timm:test_resnet"),
