@@ -20,6 +20,7 @@ from pleas.symmetry import Permutation, UnitPermutation, permute_state, position
 from pleas.widen import Layouts
 
 _LARGEST = 1536  # inputs of a layer above which its channels alone are looked at: eigenvalues cost d^3
+_EXACT = 1e-9  # errors below this share of the targets' variance are rounding: the layer fits exactly
 _DEAD = 1e-4  # eigenvalues below this share of the largest are directions the proxies hardly excite
 
 
@@ -108,7 +109,7 @@ class Cover:
     coverage: eigenvalues of (Cov_real, Cov_proxy + ridge) at the median, the 95th percentile and the top: how many
               times more real energy than proxy energy a direction holds
     excess:   error on real images of the weights fitted on proxies, over that of the weights fitted on real ones,
-              less 1
+              less 1; 0 where both fit exactly, as the first layer does: its inputs are the same image
     """
 
     layer: str
@@ -168,8 +169,14 @@ class Frame:
             solve(layer, problem, blocks, self._settings.ridge, self._settings.min_rows)
             for problem in (proxies, real)
         )
-        error = _error(fitted.weight, fitted.bias, real) / max(_error(best.weight, best.bias, real), 1e-30)
-        return Cover(layer.name, float(cosine), (middle, high, top), error - 1)
+        floor = _EXACT * float(real.target.sum())
+        error = max(_error(fitted.weight, fitted.bias, real), floor)
+        return Cover(
+            layer.name,
+            float(cosine),
+            (middle, high, top),
+            error / max(_error(best.weight, best.bias, real), floor) - 1,
+        )
 
 
 def _error(weight: Tensor, bias: Tensor, problem: Problem) -> float:
