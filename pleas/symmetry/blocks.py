@@ -6,7 +6,8 @@ cross, so that neither is inside the other, are resolved family against family (
 - each block of one family crosses only one of the other: it moves inside that one (a grouped convolution feeding
   another with fewer groups);
 - otherwise (a channel shuffle, head dimensions shared by all heads) the group would be a product, acting on rows and
-  columns of a grid. The family with fewer blocks is given up: its blocks colour what is inside them.
+  columns of a grid. One family is given up, its blocks only colour what is inside them: in attention the dimensions,
+  so that heads are kept, elsewhere the family with fewer blocks.
 
 Both only make the group smaller.
 """
@@ -19,7 +20,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from pleas.symmetry.labels import Ledger, mix, salt_of
+from pleas.symmetry.labels import BILINEAR, Ledger, mix, salt_of
 
 ROOT = -1
 Leaves = dict[int, frozenset[int]]  # block -> the units without children below it
@@ -36,6 +37,8 @@ class Blocks:
         self.inside: dict[int, set[int]] = defaultdict(set)  # block -> what lies directly inside
         for child, parent in edges.T.tolist():
             self.inside[parent].add(child)
+        multiplied = [ids for ids, reason in ledger.marks if reason == BILINEAR]
+        self.bilinear = set(unit_of[np.concatenate([*multiplied, np.zeros(0, np.int64)])].tolist())
 
     def tree(self) -> np.ndarray:
         """Parent of every unit, ROOT where there is none."""
@@ -109,7 +112,9 @@ class Blocks:
                     for block, against in side.items():
                         self.inside[next(iter(against))].add(block)
                     return
-        self._dissolve(min(sides, key=len).keys())
+        few, many = sorted(sides, key=len)
+        attention = self.bilinear.intersection(*(self.inside[block] for block in pairs[0]))
+        self._dissolve((many if attention else few).keys())
 
     def _dissolve(self, blocks: Iterable[int]) -> None:
         """Give up blocks: what was inside is coloured by them and moves to the blocks around."""

@@ -10,10 +10,8 @@ from typing import Any
 import torch
 
 from pleas.symmetry.averages import normalised, reduced, with_channels
-from pleas.symmetry.labels import Shape, Val, positions
+from pleas.symmetry.labels import BILINEAR, Shape, Val, positions
 from pleas.symmetry.rules import Op, Result, rule
-
-BILINEAR = "two activations are multiplied and summed over it"
 
 
 @rule("linear")

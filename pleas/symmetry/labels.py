@@ -33,6 +33,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 Shape = tuple[int, ...]
+BILINEAR = "two activations are multiplied and summed over it"  # a mark that also tells attention heads
 _SHIFT = 1 << 31  # ids stay below it, so that a pair of ids fits one int64
 
 

@@ -10,9 +10,8 @@ from torch import nn
 
 from pleas.errors import UnsupportedModel
 from pleas.symmetry.blocks import ROOT
-from pleas.symmetry.contractions import BILINEAR
 from pleas.symmetry.groups import Axis, DimUnits, Symmetry, UnitClass, Unlisted
-from pleas.symmetry.labels import Ledger
+from pleas.symmetry.labels import BILINEAR, Ledger
 from pleas.symmetry.program import Program, named_tensors, state_of
 from pleas.symmetry.solve import Forest, solve
 from pleas.symmetry.tracking import Tracked, track
@@ -58,6 +57,7 @@ class _Builder:
         self.ledger, self.forest = tracked.ledger, forest
         self.stand = _stands(tracked.ledger, forest)
         self.marked = _marked(tracked.ledger, forest)
+        self.heads = _around(forest, [unit for unit, reason in self.marked.items() if reason == BILINEAR])
         self.output = set(forest.unit_of[tracked.output].tolist())
         self.units = self._freedoms(ROOT)
 
@@ -80,18 +80,18 @@ class _Builder:
             axes.append(Axis(born.tensor, born.dim, index))
         inner = [self._freedoms(u) for u in units]
         children = tuple(tuple(self._make(c, f"{name}.{j}", INNER) for j, c in enumerate(f)) for f in inner)
-        kind = self._kind(units, children[0])
+        kind = self._kind(units, bool(children[0]))
         reason = "it is the output" if kind == "output" else self._mark(units) or ragged
         return UnitClass(
             name, len(units), kind, tuple(axes), children if children[0] else (), not reason, reason
         )
 
-    def _kind(self, units: list[int], inner: tuple[UnitClass, ...]) -> str:
+    def _kind(self, units: list[int], nested: bool) -> str:
         if any(u in self.output for u in units):
             return "output"
-        if not inner:
-            return "channel"
-        return "head" if any(c.reason == BILINEAR for c in inner) else "group"
+        if any(u in self.heads for u in units):
+            return "head"
+        return "group" if nested else "channel"
 
     def _mark(self, units: list[int]) -> str:
         return next((self.marked[u] for u in units if u in self.marked), "")
@@ -123,6 +123,17 @@ def _marked(ledger: Ledger, forest: Forest) -> dict[int, str]:
     for ids, reason in ledger.marks:
         for unit in np.unique(forest.unit_of[ids]).tolist():
             found.setdefault(unit, reason)
+    return found
+
+
+def _around(forest: Forest, units: list[int]) -> set[int]:
+    """All blocks around some units."""
+    found: set[int] = set()
+    while units:
+        units = [
+            parent for unit in units if (parent := int(forest.parent[unit])) != ROOT and parent not in found
+        ]
+        found.update(units)
     return found
 
 

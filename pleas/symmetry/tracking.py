@@ -91,14 +91,10 @@ class Tracker:
         name = str(node.target)
         tensor = self.state[name]
         shape = tuple(tensor.shape)
-        if (
-            name not in self.program.parameters
-            and name not in self.program.added
-            and name not in self.statistics
-        ):
-            value = anonymous(shape)
-            value.const = tensor
-            return value
+        if name in self.constants:
+            return _constant(tensor)
+        if name in self.program.buffers and name not in self.statistics:
+            return replace(anonymous(shape), const=tensor)
         algebra = Algebra(self.ledger, f"source {name}", "")
         dims = [d for d in range(len(shape)) if shape[d] > 1 or (d == 1 and name in self.groups)]
         axes = [Val(shape, [self._axis(name, d, shape)]) for d in dims]
