@@ -44,7 +44,7 @@ def test_the_effective_rank_counts_equal_directions(
     moments.add(rows)
     changed = pleas.Statistics({**statistics.joint, layer.name: moments}, statistics.units, images=8)
     rank_a, rank_b = ranks(traced, changed)
-    assert rank_a[-1] == Rank(layer.name, 8, pytest.approx(3.0), 5)
+    assert rank_a[-1] == Rank(layer.name, 8, pytest.approx(3.0), 5)  # type: ignore[arg-type]
     assert rank_b[-1].dead == 8
 
 
