@@ -25,22 +25,10 @@ from pleas.symmetry.rules import op_name
 Growth = dict[int, int]  # class -> positions of one more unit along one dimension
 
 RAGGED = "its units are not evenly laid out where the network reshapes them ({node})"
-GROUPS = "it cuts across the groups of a convolution ({node})"
-NORM = "the number of groups of a GroupNorm is fixed ({node})"
+GROUPS = "it cuts across the groups of {op} ({node})"
 CONSTANT = "its places are constants of the op {op} ({node})"
 
-# Ops that carry places along a dimension in their arguments; slices and splits can be rewritten, these cannot.
-_PLACED = {
-    "index",
-    "index_select",
-    "embedding",
-    "roll",
-    "flip",
-    "unfold",
-    "as_strided",
-    "slice_scatter",
-    "repeat",
-}
+_GROUPED = {"convolution": 8, "native_group_norm": 6}  # op -> which argument is its number of groups
 _VIEWS = {"view", "_unsafe_view", "reshape", "_reshape_copy"}
 
 
@@ -102,32 +90,26 @@ def _broken(
         if name in _VIEWS:
             if _volume(old, before, cls) != _volume(new, after, cls):
                 yield cls, RAGGED.format(node=node.name)
-        elif name == "convolution" and node.args[8] != 1:
-            groups: int = node.args[8]  # type: ignore[assignment]
+        elif name in _GROUPED and (groups := int(node.args[_GROUPED[name]])) > 1:  # type: ignore[arg-type]
             more = [_more(grown, 1, cls) * groups / size[1] for grown, size in ((before, old), (after, new))]
             if more[0] != more[1] or more[0] % 1:
-                yield cls, GROUPS.format(node=node.name)
-        elif name == "native_group_norm" and _more(before, 1, cls):
-            yield cls, NORM.format(node=node.name)
-        elif name in _PLACED and any(_more(before, d, cls) and old[d] > 1 for d in range(len(old))):
-            moved = [d for d in _placed_dims(node, name, len(old)) if _more(before, d, cls)]
-            if moved:
-                yield cls, CONSTANT.format(op=name, node=node.name)
+                yield cls, GROUPS.format(op=f"a {name}", node=node.name)
+        elif any(_more(before, d, cls) for d in _placed_dims(node, name, len(old))):
+            yield cls, CONSTANT.format(op=name, node=node.name)
 
 
 def _placed_dims(node: fx.Node, name: str, ndim: int) -> list[int]:
-    """The dimensions on which an op of _PLACED has constants."""
-    args = node.args
+    """The dimensions along which an op carries places in its arguments (bounds of slices can be rewritten)."""
+    args: Any = node.args
     if name == "index":
-        return [d for d, i in enumerate(args[1]) if i is not None]  # type: ignore[arg-type]
+        return [d for d, i in enumerate(args[1]) if i is not None]
     if name == "embedding":
         return [0]
-    if name in ("index_select", "unfold"):
-        return [int(args[1]) % ndim]  # type: ignore[arg-type]
+    if name in ("index_select", "unfold") or (name == "slice" and len(args) > 4 and args[4] != 1):
+        return [int(args[1]) % ndim]
     if name in ("roll", "flip"):
-        dims: Any = list(args)[2 if name == "roll" and len(args) > 2 else 1]
-        return [d % ndim for d in dims]  # type: ignore[union-attr]
-    return list(range(ndim))
+        return [d % ndim for d in args[-1]]
+    return list(range(ndim)) if name in ("as_strided", "slice_scatter", "repeat", "im2col") else []
 
 
 def _more(grown: Mapping[int, Growth], dim: int, cls: int) -> int:
