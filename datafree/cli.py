@@ -119,6 +119,49 @@ def merge(
 
 
 @main.command()
+@RECIPE
+@click.option(
+    "--real",
+    metavar="REF",
+    help="Compare with real images: `oracle` (the recipe's), a folder, or FILE.npz, FILE.npz:KEY.",
+)
+@click.option(
+    "--real-count",
+    default=512,
+    show_default=True,
+    type=click.IntRange(min=2),
+    help="Use at most so many of them.",
+)
+@SETTINGS
+@DEVICE
+@JSON
+def diagnose(
+    recipe: str, real: str | None, real_count: int, settings: tuple[str, ...], device: str, as_json: bool
+) -> None:
+    """Tell how good the proxies of RECIPE are, source by source, before anything is merged."""
+    from datafree.commands import diagnose
+
+    diagnose.run(recipe, real, real_count, settings, device, as_json)
+
+
+@main.command()
+@RECIPE
+@click.option("-o", "--out", required=True, type=click.Path(), help="Output folder.")
+@click.option("--overwrite", is_flag=True, help="Replace an output folder that datafree wrote before.")
+@click.option("--png", is_flag=True, help="Also write every image as PNG, in OUT/images.")
+@click.option("--shown", default=128, show_default=True, type=click.IntRange(min=1), help="Images per sheet.")
+@SETTINGS
+@DEVICE
+def proxy(
+    recipe: str, out: str, overwrite: bool, png: bool, shown: int, settings: tuple[str, ...], device: str
+) -> None:
+    """Make the proxies of RECIPE, or find them in the cache, and show them: contact sheets, statistics, cost."""
+    from datafree.commands import proxy
+
+    proxy.run(recipe, out, settings, device, overwrite, png, shown)
+
+
+@main.command()
 @click.argument("target", metavar="RECIPE|MODEL|FOLDER")
 @click.option(
     "--argument", "arguments", multiple=True, metavar="KEY=VALUE", help="An argument of the model's builder."

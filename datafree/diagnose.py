@@ -4,6 +4,7 @@ few real images.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,9 +13,10 @@ import torch
 from torch import Tensor
 
 import pleas
+from datafree.errors import UsageError
 from datafree.models import Parent
 from datafree.proxy.build import ProxySet
-from datafree.proxy.observe import Observation, agreement, observe
+from datafree.proxy.observe import Observation, Sums, agreement, watch
 from datafree.proxy.spectra import Cover, Frame, Rank, ranks, shared_assignments
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
@@ -22,9 +24,10 @@ Progress = Callable[[str, int, int], None]  # stage, done, total
 
 @dataclass(frozen=True)
 class ParentScores:
-    """One parent on one source's images."""
+    """One parent on one source's images, and on their two halves."""
 
     observation: Observation
+    halves: tuple[Observation, Observation]
     ranks: tuple[Rank, ...]
 
     @property
@@ -39,11 +42,7 @@ class ParentScores:
     @property
     def spread(self) -> float:
         """Entropy of the mean prediction as a share of the most it can be."""
-        return (
-            self.observation.entropy / self.observation.entropy_limit
-            if self.observation.entropy_limit
-            else 0.0
-        )
+        return _spread(self.observation)
 
 
 @dataclass(frozen=True)
@@ -68,19 +67,38 @@ class SourceDiagnosis:
     @property
     def bn_log_var(self) -> float | None:
         """Mean of the parents' distances; None where neither has batch norm."""
-        found = [scores.observation.bn_log_var for scores in self.parents]
-        known = [value for value in found if value is not None]
-        return _mean(known) if known else None
+        return _known_mean([scores.observation.bn_log_var for scores in self.parents])
 
     @property
     def bn_mean(self) -> float | None:
-        found = [scores.observation.bn_mean for scores in self.parents]
-        known = [value for value in found if value is not None]
-        return _mean(known) if known else None
+        return _known_mean([scores.observation.bn_mean for scores in self.parents])
 
     @property
     def spread(self) -> float:
         return _mean([scores.spread for scores in self.parents])
+
+    @property
+    def effective_rank(self) -> float:
+        return _mean([scores.effective_rank for scores in self.parents])
+
+    @property
+    def dead(self) -> int:
+        return sum(scores.dead for scores in self.parents)
+
+    @property
+    def log_coverage(self) -> float | None:
+        """Mean over layers of log10 of the 95th percentile of coverage; None without real images."""
+        if not self.cover:
+            return None
+        return _mean([math.log10(max(layer.coverage[1], 1e-12)) for layer in self.cover])
+
+    def half(self, number: int) -> dict[str, float | None]:
+        """Spread and batch-norm log-variance distance of one half of the images."""
+        seen = [scores.halves[number] for scores in self.parents]
+        return {
+            "spread": _mean([_spread(one) for one in seen]),
+            "bn_log_var": _known_mean([one.bn_log_var for one in seen]),
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, all layers included."""
@@ -123,12 +141,18 @@ def diagnose(
     """Every source of `proxies`, and all of them together where there are several.
 
     real: uint8 (n, C, H, W), a few images of the parents' own kind, for the comparisons that need them
+    Raises UsageError for a source of one image: scores are compared between halves.
     """
     place = device or torch.device("cpu")
     sets: list[tuple[str, ProxySet, float | None]] = [
         (f"{number + 1} {report.kind}", proxies.source(number), report.seconds_per_1000)
         for number, report in enumerate(proxies.manifest)
     ]
+    for name, images, _ in sets:
+        if len(images) < 2:
+            raise UsageError(
+                f"source {name} has {len(images)} image, but a diagnosis compares two halves: raise proxy.count"
+            )
     if len(sets) > 1:
         sets.append(("all", proxies, None))
     known = None if real is None else _Reference(real, parents, symmetry, settings, batch, place)
@@ -173,16 +197,20 @@ def _diagnose(
     total, middle = len(images), len(images) // 2
     halves = []
     # Not every other image: a split inversion deals its images to the parents in turn.
-    for first, last in ((0, middle), (middle, total)):
-        batches = (
-            images.batch(range(start, min(start + batch, last))) for start in range(first, last, batch)
-        )
-        inputs = _inputs(batches, parents, device)
+    bounds = ((0, middle), (middle, total))
+
+    def half_of(first: int, last: int) -> Iterator[Tensor]:
+        for start in range(first, last, batch):
+            yield images.batch(range(start, min(start + batch, last)))
+
+    for first, last in bounds:
+        inputs = _inputs(half_of(first, last), parents, device)
         halves.append(pleas.collect(symmetry, a, b, inputs, settings, first_image=first, images=total))
     matchings = [pleas.match(symmetry, half, a, b, settings) for half in halves]
     statistics = halves[0] + halves[1]
     matching = pleas.match(symmetry, statistics, a, b, settings)
-    seen = [observe(parent, images.batches(batch), device) for parent in parents]
+    seen = [[watch(parent, half_of(*half), device) for half in bounds] for parent in parents]
+    whole = [(first + second).observation() for first, second in seen]
     rank_a, rank_b = ranks(symmetry, statistics)
     cover = None
     if real is not None:
@@ -192,12 +220,17 @@ def _diagnose(
         name=name,
         images=total,
         seconds_per_1000=seconds,
-        parents=(ParentScores(seen[0], tuple(rank_a)), ParentScores(seen[1], tuple(rank_b))),
+        parents=(_scores(whole[0], seen[0], rank_a), _scores(whole[1], seen[1], rank_b)),
         stability=shared_assignments(symmetry, *matchings),
-        agreement=agreement(*seen) if settings.heads == "shared" else None,
+        agreement=agreement(*whole) if settings.heads == "shared" else None,
         cover=cover,
         matched_as_real=None if real is None else shared_assignments(symmetry, matching, real.matching),
     )
+
+
+def _scores(whole: Observation, halves: Sequence[Sums], found: Sequence[Rank]) -> ParentScores:
+    first, second = (half.observation() for half in halves)
+    return ParentScores(whole, (first, second), tuple(found))
 
 
 def _inputs(
@@ -213,3 +246,13 @@ def _inputs(
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
+
+
+def _known_mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return _mean(known) if known else None
+
+
+def _spread(seen: Observation) -> float:
+    """Entropy of the mean prediction as a share of the most it can be."""
+    return seen.entropy / seen.entropy_limit if seen.entropy_limit else 0.0

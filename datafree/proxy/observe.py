@@ -50,17 +50,47 @@ class Observation:
         return _mean([norm.log_var for norm in self.norms])
 
 
-@torch.no_grad()
 def observe(parent: Parent, batches: Iterable[Tensor], device: torch.device) -> Observation:
     """One pass of `parent` over uint8 batches (n, C, H, W). Sums run in float64; hooks are gone afterwards."""
+    return watch(parent, batches, device).observation()
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What a pass adds up: two sets of images together have the sum of their sums."""
+
+    parent: str
+    norms: tuple[_NormSums, ...]
+    probabilities: Tensor
+    predictions: Tensor
+
+    def __add__(self, other: Sums) -> Sums:
+        return Sums(
+            self.parent,
+            tuple(mine + theirs for mine, theirs in zip(self.norms, other.norms, strict=True)),
+            self.probabilities + other.probabilities,
+            torch.cat([self.predictions, other.predictions]),
+        )
+
+    def observation(self) -> Observation:
+        mean = (self.probabilities / len(self.predictions)).cpu()
+        entropy = float(-(mean * mean.clamp_min(1e-300).log()).sum())
+        limit = math.log(min(len(mean), len(self.predictions)))
+        norms = tuple(sums.distance() for sums in self.norms)
+        return Observation(self.parent, norms, entropy, limit, self.predictions)
+
+
+@torch.no_grad()
+def watch(parent: Parent, batches: Iterable[Tensor], device: torch.device) -> Sums:
+    """The sums of one pass of `parent` over uint8 batches (n, C, H, W)."""
     watched = {
-        name: _Sums(layer)
+        name: _NormSums(name, layer)
         for name, layer in parent.module.named_modules()
         if isinstance(layer, _BatchNorm) and layer.running_mean is not None
     }
     layers = dict(parent.module.named_modules())
     home = next(parent.module.parameters()).device
-    handles = [layers[name].register_forward_pre_hook(sums.add) for name, sums in watched.items()]
+    handles = [layers[name].register_forward_pre_hook(sums.hear) for name, sums in watched.items()]
     total, predictions = None, []
     try:
         parent.module.to(device)
@@ -74,12 +104,7 @@ def observe(parent: Parent, batches: Iterable[Tensor], device: torch.device) -> 
             handle.remove()
         parent.module.to(home)
     assert total is not None, "a set of proxies has at least one image"
-    chosen = torch.cat(predictions)
-    mean = (total / len(chosen)).cpu()
-    entropy = float(-(mean * mean.clamp_min(1e-300).log()).sum())
-    limit = math.log(min(len(mean), len(chosen)))
-    norms = tuple(sums.distance(name) for name, sums in watched.items())
-    return Observation(parent.name, norms, entropy, limit, chosen)
+    return Sums(parent.name, tuple(watched.values()), total, torch.cat(predictions))
 
 
 def agreement(a: Observation, b: Observation) -> float:
@@ -87,22 +112,29 @@ def agreement(a: Observation, b: Observation) -> float:
     return float((a.predictions == b.predictions).double().mean())
 
 
-class _Sums:
+class _NormSums:
     """Count, sum and sum of squares of a batch norm's input, per channel."""
 
-    def __init__(self, layer: _BatchNorm) -> None:
+    def __init__(self, name: str, layer: _BatchNorm) -> None:
+        self.name = name
         self.layer = layer
         self.count = 0
         self.first: Tensor | float = 0.0
         self.second: Tensor | float = 0.0
 
-    def add(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def hear(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         value = inputs[0].double().transpose(0, 1).flatten(1)
         self.count += value.shape[1]
         self.first = self.first + value.sum(1)
         self.second = self.second + value.square().sum(1)
 
-    def distance(self, name: str) -> NormDistance:
+    def __add__(self, other: _NormSums) -> _NormSums:
+        both = _NormSums(self.name, self.layer)
+        both.count = self.count + other.count
+        both.first, both.second = self.first + other.first, self.second + other.second
+        return both
+
+    def distance(self) -> NormDistance:
         mean, variance = self.layer.running_mean, self.layer.running_var
         assert isinstance(self.first, Tensor)
         assert isinstance(self.second, Tensor)
@@ -112,7 +144,7 @@ class _Sums:
         spread = (self.second.cpu() / self.count - found.square()).clamp_min(0) + self.layer.eps
         stored = variance.double().cpu() + self.layer.eps
         offset = ((found - mean.double().cpu()).square() / stored).mean().sqrt()
-        return NormDistance(name, float(offset), float((spread / stored).log().abs().mean()))
+        return NormDistance(self.name, float(offset), float((spread / stored).log().abs().mean()))
 
 
 def _mean(values: list[float]) -> float | None:

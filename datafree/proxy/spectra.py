@@ -21,6 +21,7 @@ from pleas.widen import Layouts
 
 _LARGEST = 1536  # inputs of a layer above which its channels alone are looked at: eigenvalues cost d^3
 _EXACT = 1e-9  # errors below this share of the targets' variance are rounding: the layer fits exactly
+_ROWS = 2  # times a layer's inputs: with fewer real rows their fit is nearly exact and compares with nothing
 _DEAD = 1e-4  # eigenvalues below this share of the largest are directions the proxies hardly excite
 
 
@@ -109,13 +110,14 @@ class Cover:
     coverage: eigenvalues of (Cov_real, Cov_proxy + ridge) at the median, the 95th percentile and the top: how many
               times more real energy than proxy energy a direction holds
     excess:   error on real images of the weights fitted on proxies, over that of the weights fitted on real ones,
-              less 1; 0 where both fit exactly, as the first layer does: its inputs are the same image
+              less 1; 0 where both fit exactly, as the first layer does: its inputs are the same image; None where
+              there are too few real rows (under twice the inputs) for their own fit to mean anything
     """
 
     layer: str
     cosine: float
     coverage: tuple[float, float, float]
-    excess: float
+    excess: float | None
 
 
 class Frame:
@@ -143,7 +145,8 @@ class Frame:
         found = []
         for layer in self._layers:
             if layer.name in proxies.joint and layer.d_in <= _LARGEST:
-                found.append(self._cover(layer, self._pose(layer, proxies), self._pose(layer, real)))
+                enough = real.joint[layer.name].count >= _ROWS * layer.d_in
+                found.append(self._cover(layer, self._pose(layer, proxies), self._pose(layer, real), enough))
         return found
 
     def _pose(self, layer: Layer, statistics: pleas.Statistics) -> Problem:
@@ -154,7 +157,7 @@ class Frame:
     def _axes(self, layer: Layer):
         return self._layouts.axis(layer.weight, 1), self._layouts.axis(layer.weight, 0)
 
-    def _cover(self, layer: Layer, proxies: Problem, real: Problem) -> Cover:
+    def _cover(self, layer: Layer, proxies: Problem, real: Problem, enough: bool) -> Cover:
         second = [one.gram + torch.outer(one.mean_in, one.mean_in) for one in (proxies, real)]
         cosine = (second[0] * second[1]).sum() / (second[0].norm() * second[1].norm())
         size = len(proxies.gram)
@@ -164,6 +167,10 @@ class Frame:
         whitened = torch.linalg.solve_triangular(factor, half.T, upper=False)
         values = torch.linalg.eigvalsh((whitened + whitened.T) / 2)
         middle, high, top = (float(values.quantile(share)) for share in (0.5, 0.95, 1.0))
+        excess = self._excess(layer, proxies, real) if enough else None
+        return Cover(layer.name, float(cosine), (middle, high, top), excess)
+
+    def _excess(self, layer: Layer, proxies: Problem, real: Problem) -> float:
         blocks = blocks_of(layer, *self._axes(layer))
         fitted, best = (
             solve(layer, problem, blocks, self._settings.ridge, self._settings.min_rows)
@@ -171,12 +178,7 @@ class Frame:
         )
         floor = _EXACT * float(real.target.sum())
         error = max(_error(fitted.weight, fitted.bias, real), floor)
-        return Cover(
-            layer.name,
-            float(cosine),
-            (middle, high, top),
-            error / max(_error(best.weight, best.bias, real), floor) - 1,
-        )
+        return error / max(_error(best.weight, best.bias, real), floor) - 1
 
 
 def _error(weight: Tensor, bias: Tensor, problem: Problem) -> float:

@@ -32,7 +32,7 @@ def test_help_is_instant_and_lists_the_commands() -> None:
         seconds.append(time.perf_counter() - started)
     assert min(seconds) < HELP_SECONDS
     listed = [line.split()[0] for line in output.split("Commands:")[1].splitlines() if line.strip()]
-    assert listed[:6] == ["check", "plan", "merge", "inspect", "eval", "env"]
+    assert listed == ["check", "plan", "merge", "diagnose", "proxy", "inspect", "eval", "env"]
 
 
 def test_help_imports_nothing_heavy() -> None:
@@ -44,7 +44,7 @@ def test_help_imports_nothing_heavy() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize("command", ["check", "plan", "merge", "inspect", "eval", "env"])
+@pytest.mark.parametrize("command", ["check", "plan", "merge", "diagnose", "proxy", "inspect", "eval", "env"])
 def test_every_command_explains_itself(command: str) -> None:
     result = _invoke(command, "--help")
     assert result.exit_code == 0
@@ -91,7 +91,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.exit_code == 1
 
 
-@pytest.mark.parametrize("command", ["check", "plan", "merge"])
+@pytest.mark.parametrize("command", ["check", "plan", "merge", "diagnose"])
 def test_a_missing_recipe(command: str, tmp_path: Path) -> None:
     result = _invoke(command, tmp_path / "absent.yaml")
     assert result.exit_code == 2

@@ -9,6 +9,7 @@ import torch
 
 import pleas
 from datafree.diagnose import diagnose
+from datafree.errors import UsageError
 from datafree.models import Parent
 from datafree.proxy import ProxySet, ProxySpec, build_proxies
 from datafree.proxy.settle import images_until_settled
@@ -74,6 +75,16 @@ def test_real_images_add_the_comparisons(
     assert same.cover is not None
     assert all(layer.cosine == pytest.approx(1) for layer in same.cover)
     assert all(layer.excess == pytest.approx(0, abs=1e-6) for layer in same.cover)
+
+
+def test_a_source_of_one_image_is_refused(
+    pair: tuple[Parent, Parent], symmetry: pleas.Symmetry, make: Callable[[ProxySpec], ProxySet]
+) -> None:
+    with pytest.raises(UsageError) as caught:
+        diagnose(make(spec_of(2, "noise", "procedural")), pair, symmetry, SETTINGS)
+    assert str(caught.value) == (
+        "source 1 noise has 1 image, but a diagnosis compares two halves: raise proxy.count"
+    )
 
 
 def test_separate_labels_have_no_agreement(

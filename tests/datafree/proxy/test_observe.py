@@ -10,7 +10,7 @@ from torch import nn
 
 from datafree.models import Parent
 from datafree.proxy import ProxySet
-from datafree.proxy.observe import Observation, agreement, observe
+from datafree.proxy.observe import Observation, agreement, observe, watch
 
 Build = Callable[..., ProxySet]
 MakeParent = Callable[..., Parent]
@@ -74,3 +74,12 @@ def test_inverted_images_are_closer_than_noise(build: Build, parents: tuple[Pare
         assert near.bn_log_var is not None
         assert far.bn_log_var is not None
         assert near.bn_log_var < 0.5 * far.bn_log_var
+
+
+def test_two_passes_add_up_to_one(parent: MakeParent) -> None:
+    one, pixels = parent("a", 1), images(40)
+    both = (watch(one, [pixels[:13]], CPU) + watch(one, [pixels[13:]], CPU)).observation()
+    whole = observe(one, [pixels], CPU)
+    assert both.entropy == pytest.approx(whole.entropy)
+    assert both.norms[0].log_var == pytest.approx(whole.norms[0].log_var)
+    assert torch.equal(both.predictions, whole.predictions)

@@ -107,8 +107,20 @@ def test_faint_proxies_leave_real_energy_uncovered(
     frame, _ = frame_of(traced, parents, proxies)
     covers = frame.cover(proxies, real)
     assert covers[0].coverage[2] > 10
-    assert all(layer.excess >= -1e-6 for layer in covers)
+    assert all(layer.excess is not None and layer.excess >= -1e-6 for layer in covers)
     assert covers[0].cosine < 1
+
+
+def test_too_few_real_rows_are_not_compared_with(
+    traced: pleas.Symmetry, parents: tuple[Parent, Parent]
+) -> None:
+    real, proxies = collected(traced, parents, 8, 0), collected(traced, parents, 64, 1)
+    frame, _ = frame_of(traced, parents, proxies)
+    covers = {layer.layer: layer.excess for layer in frame.cover(proxies, real)}
+    sizes = {layer.name: layer.d_in for layer in find_layers(traced.program)}
+    for name, excess in covers.items():
+        assert (excess is None) == (real.joint[name].count < 2 * sizes[name])
+    assert None in covers.values()
 
 
 def test_coverage_is_the_generalised_eigenvalue_problem(
