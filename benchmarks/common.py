@@ -103,12 +103,20 @@ def proxies(pair: Pair, source: str, seed: int) -> ProxySet:
     return build_proxies(spec, parents, seed, cache_folder(), pair.recipe.base, device=str(pair.device))
 
 
-def write(name: str, rows: Sequence[dict[str, Any]], table: str, started: str) -> None:
-    """RESULTS/NAME.json with every row and the circumstances, NAME.md with the table and the command."""
+def keep(name: str, rows: Sequence[dict[str, Any]], started: str) -> str:
+    """RESULTS/NAME.json with every row and the circumstances, whole at any time; returns the command."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     command = f"python -m {started} {shlex.join(sys.argv[1:])}".strip()
     record = {"command": command, "machine": machine(), "versions": versions(), "rows": list(rows)}
-    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    temporary = RESULTS / f".{name}.json"
+    temporary.write_text(json.dumps(record, indent=1) + "\n")
+    temporary.replace(RESULTS / f"{name}.json")
+    return command
+
+
+def write(name: str, rows: Sequence[dict[str, Any]], table: str, started: str) -> None:
+    """RESULTS/NAME.json with every row and the circumstances, NAME.md with the table and the command."""
+    command = keep(name, rows, started)
     (RESULTS / f"{name}.md").write_text(f"`{command}`\n\n{table}\n")
     print(f"\n{table}\n\nwritten: {RESULTS.relative_to(PROJECT) / name}.json and .md")
 

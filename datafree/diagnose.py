@@ -158,7 +158,10 @@ def diagnose(
     known = None if real is None else _Reference(real, parents, symmetry, settings, batch, place)
     found = []
     for number, (name, images, seconds) in enumerate(sets):
-        found.append(_diagnose(name, images, seconds, parents, symmetry, settings, known, batch, place))
+        one = examine(
+            name, images, parents, symmetry, settings, seconds=seconds, real=known, batch=batch, device=place
+        )
+        found.append(one.diagnosis)
         if progress is not None:
             progress("diagnosis", number + 1, len(sets))
     return found
@@ -182,17 +185,29 @@ class _Reference:
         self.matching = pleas.match(symmetry, self.statistics, a, b, settings)
 
 
-def _diagnose(
+@dataclass(frozen=True)
+class Examined:
+    """A diagnosis and what it was computed from, for whoever goes on to merge."""
+
+    diagnosis: SourceDiagnosis
+    statistics: pleas.Statistics
+    matching: pleas.Permutation
+
+
+def examine(
     name: str,
     images: ProxySet,
-    seconds: float | None,
     parents: tuple[Parent, Parent],
     symmetry: pleas.Symmetry,
     settings: pleas.MergeSettings,
-    real: _Reference | None,
-    batch: int,
-    device: torch.device,
-) -> SourceDiagnosis:
+    *,
+    seconds: float | None = None,
+    real: _Reference | None = None,
+    batch: int = 64,
+    device: torch.device | None = None,
+) -> Examined:
+    """One set of images by itself; the statistics are those of `pleas.collect` over all of it."""
+    place = device or torch.device("cpu")
     a, b = (parent.module for parent in parents)
     total, middle = len(images), len(images) // 2
     halves = []
@@ -204,19 +219,19 @@ def _diagnose(
             yield images.batch(range(start, min(start + batch, last)))
 
     for first, last in bounds:
-        inputs = _inputs(half_of(first, last), parents, device)
+        inputs = _inputs(half_of(first, last), parents, place)
         halves.append(pleas.collect(symmetry, a, b, inputs, settings, first_image=first, images=total))
     matchings = [pleas.match(symmetry, half, a, b, settings) for half in halves]
     statistics = halves[0] + halves[1]
     matching = pleas.match(symmetry, statistics, a, b, settings)
-    seen = [[watch(parent, half_of(*half), device) for half in bounds] for parent in parents]
+    seen = [[watch(parent, half_of(*half), place) for half in bounds] for parent in parents]
     whole = [(first + second).observation() for first, second in seen]
     rank_a, rank_b = ranks(symmetry, statistics)
     cover = None
     if real is not None:
         frame = Frame(symmetry, statistics, matching, a, b, settings)
         cover = tuple(frame.cover(statistics, real.statistics))
-    return SourceDiagnosis(
+    diagnosis = SourceDiagnosis(
         name=name,
         images=total,
         seconds_per_1000=seconds,
@@ -226,6 +241,7 @@ def _diagnose(
         cover=cover,
         matched_as_real=None if real is None else shared_assignments(symmetry, matching, real.matching),
     )
+    return Examined(diagnosis, statistics, matching)
 
 
 def _scores(whole: Observation, halves: Sequence[Sums], found: Sequence[Rank]) -> ParentScores:

@@ -6,7 +6,8 @@ whether the scores agree about it and whether they differ by more than two halve
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,8 +17,40 @@ Certainty = Literal["sure", "likely", "open"]
 Light = Literal["good", "fair", "poor"]
 
 _CLEAR = 2.0  # times the difference between two halves of one source
-_SMALLEST = {"spread": 0.01, "bn_log_var": 0.01, "log_coverage": 0.05}  # differences below say nothing
+_NAMES = {
+    "spread": "the spread of predictions",
+    "bn_log_var": "the batch-norm distance",
+    "log_coverage": "the coverage of real images",
+}
 _LOWER_IS_BETTER = {"spread": False, "bn_log_var": True, "log_coverage": True}
+_SMALLEST = {"spread": 0.01, "bn_log_var": 0.01, "log_coverage": 0.05}  # differences below say nothing
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a source is ranked by.
+
+    values: score -> value, None where it is not known
+    noise:  score -> how far two halves of the source differ in it; 0 for coverage, which halves are not asked for
+    """
+
+    name: str
+    values: Mapping[str, float | None]
+    noise: Mapping[str, float]
+
+    @staticmethod
+    def of(one: SourceDiagnosis) -> Scores:
+        noise = {}
+        for key, first in one.half(0).items():
+            second = one.half(1)[key]
+            noise[key] = 0.0 if first is None or second is None else abs(first - second)
+        values = {"spread": one.spread, "bn_log_var": one.bn_log_var, "log_coverage": one.log_coverage}
+        return Scores(one.name, values, {**dict.fromkeys(values, 0.0), **noise})
+
+    def known(self, key: str) -> float:
+        value = self.values[key]
+        assert value is not None
+        return value
 
 
 @dataclass(frozen=True)
@@ -35,66 +68,27 @@ class Place:
     why: str
 
 
-def ranking(found: Sequence[SourceDiagnosis]) -> list[Place]:
+def ranking(found: Sequence[Scores]) -> list[Place]:
     """The sources, the most promising first."""
-    scores = {one.name: _scores(one) for one in found}
-    common = [key for key in _LOWER_IS_BETTER if all(values[key] is not None for values in scores.values())]
+    keys = _common(found)
     ranks = {one.name: 0.0 for one in found}
-    for key in common:
-        for name, rank in _ranks({name: _known(values, key) for name, values in scores.items()}, key).items():
-            ranks[name] += rank / len(common)
+    for key in keys:
+        for one in found:
+            ranks[one.name] += _rank(one, found, key) / len(keys)
     order = sorted(found, key=lambda one: (ranks[one.name], one.name))
-    places = []
-    for position, one in enumerate(order):
-        if position + 1 == len(order):
-            places.append(Place(one.name, ranks[one.name], None, ""))
-        else:
-            places.append(Place(one.name, ranks[one.name], *_ahead(one, order[position + 1], scores, common)))
-    return places
+    places = [
+        Place(one.name, ranks[one.name], *compare(one, after)) for one, after in itertools.pairwise(order)
+    ]
+    return [*places, Place(order[-1].name, ranks[order[-1].name], None, "")]
 
 
-def light(one: SourceDiagnosis) -> Light:
-    """What the scores of one source alone say, by the values that sources had on CIFAR ResNet-20s."""
-    distance = one.bn_log_var
-    if distance is None:
-        return "good" if one.spread >= 0.9 else "fair" if one.spread >= 0.7 else "poor"
-    if distance < 0.25 and one.spread >= 0.9:
-        return "good"
-    return "fair" if distance < 0.45 and one.spread >= 0.7 else "poor"
-
-
-def _scores(one: SourceDiagnosis) -> dict[str, float | None]:
-    return {"spread": one.spread, "bn_log_var": one.bn_log_var, "log_coverage": one.log_coverage}
-
-
-def _known(values: dict[str, float | None], key: str) -> float:
-    value = values[key]
-    assert value is not None
-    return value
-
-
-def _ranks(values: dict[str, float], key: str) -> dict[str, float]:
-    """1 for the best; equal values share the mean of their ranks."""
-    sign = 1 if _LOWER_IS_BETTER[key] else -1
-    found = {}
-    for name, value in values.items():
-        better = sum(sign * other < sign * value for other in values.values())
-        equal = sum(other == value for other in values.values())
-        found[name] = better + (equal + 1) / 2
-    return found
-
-
-def _ahead(
-    one: SourceDiagnosis,
-    other: SourceDiagnosis,
-    scores: dict[str, dict[str, float | None]],
-    common: Sequence[str],
-) -> tuple[Certainty, str]:
+def compare(one: Scores, other: Scores) -> tuple[Certainty, str]:
+    """How sure it is that `one`, the better by rank, merges better than `other`, and why."""
     gaps = {}
-    for key in common:
+    for key in _common([one, other]):
         sign = -1 if _LOWER_IS_BETTER[key] else 1
-        gap = sign * (_known(scores[one.name], key) - _known(scores[other.name], key))
-        gaps[key] = gap / max(_noise(one, key), _noise(other, key), _SMALLEST[key])
+        gap = sign * (one.known(key) - other.known(key))
+        gaps[key] = gap / max(one.noise[key], other.noise[key], _SMALLEST[key])
     against = [_NAMES[key] for key, gap in gaps.items() if gap <= -1]
     if against:
         return "open", f"{' and '.join(against)} would put {other.name} first"
@@ -108,16 +102,25 @@ def _ahead(
     return "sure", "every score agrees by more than twice what halves of one source differ by"
 
 
-_NAMES = {
-    "spread": "the spread of predictions",
-    "bn_log_var": "the batch-norm distance",
-    "log_coverage": "the coverage of real images",
-}
+def light(one: SourceDiagnosis) -> Light:
+    """What the scores of one source alone say, by the values that sources had on CIFAR ResNet-20s."""
+    distance = one.bn_log_var
+    if distance is None:
+        return "good" if one.spread >= 0.9 else "fair" if one.spread >= 0.7 else "poor"
+    if distance < 0.25 and one.spread >= 0.9:
+        return "good"
+    return "fair" if distance < 0.45 and one.spread >= 0.7 else "poor"
 
 
-def _noise(one: SourceDiagnosis, key: str) -> float:
-    """How far two halves of a source differ in a score; halves are not asked for their coverage."""
-    if key == "log_coverage":
-        return 0.0
-    first, second = one.half(0)[key], one.half(1)[key]
-    return 0.0 if first is None or second is None else abs(first - second)
+def _common(found: Sequence[Scores]) -> list[str]:
+    """The scores that are known of every source."""
+    return [key for key in _NAMES if all(one.values.get(key) is not None for one in found)]
+
+
+def _rank(one: Scores, found: Sequence[Scores], key: str) -> float:
+    """1 for the best; equal values share the mean of their ranks."""
+    sign = 1 if _LOWER_IS_BETTER[key] else -1
+    own = sign * one.known(key)
+    better = sum(sign * other.known(key) < own for other in found)
+    equal = sum(sign * other.known(key) == own for other in found)
+    return better + (equal + 1) / 2

@@ -15,7 +15,7 @@ from datafree.images import ImageSet, ImageSpec, load_images
 from datafree.preprocess import match_channels
 from datafree.progress import progress_on
 from datafree.proxy.images import frame
-from datafree.ranking import Place, light, ranking
+from datafree.ranking import Place, Scores, light, ranking
 from datafree.recipe import load_recipe
 from datafree.report import json_text
 from datafree.seeds import derive_seed
@@ -62,7 +62,7 @@ def run(
                 progress=work.progress,
             )
     notes = list(dict.fromkeys([*parents.notes, *proxies.notes, *work.progress.notes]))
-    places = ranking(found)
+    places = ranking([Scores.of(one) for one in found])
     if as_json:
         content = {
             "recipe": work.recipe.recipe.name,
