@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from datafree.cache_limit import RUNNING, trim, used
 from datafree.errors import DatafreeError, RunError
 
 SCHEMA = 1
@@ -96,6 +97,7 @@ class Store:
         value = header.get("value", "null")
         if header.get("sha256") != content_hash(tensors, value):
             raise DamagedStage(f"{path} does not have the content it was written with")
+        used(self.root, path)
         return Stage(tensors, json.loads(value))
 
     def write(self, stage: str, key: str, tensors: Mapping[str, Tensor], value: Any = None) -> None:
@@ -118,10 +120,14 @@ class Store:
                 f"the cache {self.root} cannot be written ({error}): free some space, or set "
                 f"{CACHE_VARIABLE} to another folder"
             ) from error
+        used(self.root, path)
+        trim(self.root)
 
     def size(self) -> int:
-        """Bytes under the root, other caches there included."""
-        return sum(item.stat().st_size for item in self.root.rglob("*") if item.is_file())
+        """Bytes under the root, other caches there included; not the notes of who is using what."""
+        notes = self.root / RUNNING
+        files = (item for item in self.root.rglob("*") if item.is_file() and item.parent != notes)
+        return sum(item.stat().st_size for item in files)
 
 
 def plain_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from datafree.cache_limit import LIMIT_VARIABLE, limit_bytes
 from datafree.environment import machine, versions
 from datafree.report import json_text
 from datafree.store import CACHE_VARIABLE, Store, cache_folder
@@ -14,7 +15,7 @@ def run(as_json: bool) -> None:
     facts = {
         "versions": versions(),
         "machine": machine(),
-        "cache": {"folder": str(store.root), "bytes": store.size()},
+        "cache": {"folder": str(store.root), "bytes": store.size(), "limit": limit_bytes()},
     }
     if as_json:
         click.echo(json_text(facts), nl=False)
@@ -26,7 +27,6 @@ def run(as_json: bool) -> None:
         f"{'machine':<12} {here['platform']}, {here['cores']} cores, torch uses {here['threads']} threads"
     )
     click.echo(f"{'devices':<12} {', '.join(['cpu', *here['cuda']])}")
-    click.echo(
-        f"{'cache':<12} {store.root} ({facts['cache']['bytes'] / 1e6:.1f} MB; set {CACHE_VARIABLE} to "
-        "move it)"
-    )
+    size, most = (facts["cache"][key] / 1e9 for key in ("bytes", "limit"))
+    click.echo(f"{'cache':<12} {store.root} ({size:.2f} GB; {CACHE_VARIABLE} moves it)")
+    click.echo(f"{'':<12} shards and statistics unused for longest go above {most:g} GB ({LIMIT_VARIABLE})")

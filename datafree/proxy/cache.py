@@ -6,7 +6,7 @@
 KEY is the hash of everything the pixels depend on. A shard counts as present when the manifest lists it and
 the file has the listed sha256; anything else is made again, and said. Several processes may fill one
 folder: each shard is made under its own lock, and a process that finds a shard taken goes on to the next
-missing one.
+missing one. Above the cache's size limit (`cache_limit`), shards that were not used for longest are dropped.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from datafree.cache_limit import trim, used
 from datafree.errors import RunError, UsageError
 from datafree.proxy.source import SHARD, Shard
 
@@ -67,6 +68,7 @@ class ShardFolder:
 
     def __init__(self, root: Path, kind: str, key: Mapping[str, Any]) -> None:
         self.key = digest(key)
+        self._root = root
         self.path = root / "proxy" / kind / self.key[:24]
         self._described = dict(key)
         try:
@@ -101,9 +103,11 @@ class ShardFolder:
                 try:
                     with FileLock(self._name(index).with_suffix(".lock"), timeout=-1 if patient else 0):
                         ready[index] = self._verified(index, notes) or self._make(index, make)
+                        used(self._root, ready[index].path)
                 except Timeout:
                     continue
                 progress(len(ready))
+        trim(self._root)
         return [ready[index] for index in wanted], notes
 
     def _name(self, index: int) -> Path:
@@ -148,11 +152,15 @@ class ShardFolder:
         with FileLock(self.path / "manifest.lock"):
             manifest = self._manifest()
             manifest["shards"][str(index)] = entry
-            text = json.dumps(manifest, indent=1, sort_keys=True, ensure_ascii=False)
-            _write(self.path / "manifest.json", text.encode())
+            _write_manifest(self.path, manifest)
         return ShardFile(
             self._name(index), entry["sha256"], entry["images"], entry["seconds"], entry["facts"]
         )
+
+
+def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    text = json.dumps(manifest, indent=1, sort_keys=True, ensure_ascii=False)
+    _write(folder / "manifest.json", text.encode())
 
 
 def fingerprint(shards: Sequence[ShardFile]) -> str:

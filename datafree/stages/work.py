@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 import pleas
+from datafree.cache_limit import limit_bytes
 from datafree.errors import UsageError
 from datafree.progress import StageProgress
 from datafree.recipe import RecipeFile
@@ -78,6 +79,7 @@ class Work:
 
 def begin(recipe: RecipeFile, device: str = "auto", progress: StageProgress | None = None) -> Work:
     """The start of a run of `recipe`; device: "auto", "cpu" or "cuda"."""
+    limit_bytes()  # a limit that is no number is found before any work
     return Work(recipe, choose_device(device), Store(cache_folder()), progress or StageProgress())
 
 
