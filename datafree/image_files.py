@@ -123,13 +123,18 @@ def read_headers(paths: Sequence[Path]) -> tuple[list[Header | None], dict[Path,
     for path in paths:
         try:
             with Image.open(path) as image:
-                turned = _has_exif(image) and image.getexif().get(0x0112) in _TURNED
-                height, width = (image.width, image.height) if turned else (image.height, image.width)
-                headers.append(Header((height, width), image.mode in _GREY_MODES))
+                headers.append(header_of(image))
         except UNREADABLE as error:
             headers.append(None)
-            broken[path] = _reason(error)
+            broken[path] = reason_of(error)
     return headers, broken
+
+
+def header_of(image: Image.Image) -> Header:
+    """Of an opened image, which is not decoded."""
+    turned = _has_exif(image) and image.getexif().get(0x0112) in _TURNED
+    height, width = (image.width, image.height) if turned else (image.height, image.width)
+    return Header((height, width), image.mode in _GREY_MODES)
 
 
 def find_broken(images: FileImages) -> dict[Path, str]:
@@ -139,7 +144,7 @@ def find_broken(images: FileImages) -> dict[Path, str]:
         try:
             images[index]
         except UNREADABLE as error:
-            broken[path] = _reason(error)
+            broken[path] = reason_of(error)
     return broken
 
 
@@ -180,6 +185,6 @@ def _has_exif(image: Image.Image) -> bool:
     return image.format == "TIFF" or not {"exif", "Raw profile type exif"}.isdisjoint(image.info)
 
 
-def _reason(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
     text = str(error).splitlines()[0] if str(error) else type(error).__name__
     return "not an image" if isinstance(error, UnidentifiedImageError) else text

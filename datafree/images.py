@@ -20,13 +20,13 @@ import pydantic
 import torch
 from torch import Tensor
 
-from datafree import image_files
+from datafree import image_files, tars
 from datafree.errors import UsageError
 from datafree.image_files import FileImages, Framing
 from datafree.seeds import derive_seed
 from datafree.spec import Spec, resolve_path
 
-SOURCES = ("folder", "npz", "torchvision", "digits")
+SOURCES = ("folder", "npz", "webdataset", "torchvision", "digits")
 DIGITS_TRAIN = 1000  # of scikit-learn's 1,797 digits; the others are the test split
 
 
@@ -47,6 +47,7 @@ class ImageSpec(Spec):
 
     folder:      flat, or one subfolder per class; `size`, `crop`, `interpolation` frame unequal images
     npz:         arrays `x` (uint8; N,H,W or N,H,W,C or N,C,H,W) and `y` (default: x's name with y for x)
+    webdataset:  tars, `folder/part-{000..012}.tar`, read into memory; needs datafree[webdataset]
     torchvision: name of a dataset that lies under `root`, with its `split`
     digits:      scikit-learn's bundled digits
     keep_labels: only images with these labels           limit: at most so many, a seeded choice among all
@@ -54,6 +55,7 @@ class ImageSpec(Spec):
 
     folder: str | None = None
     npz: str | None = None
+    webdataset: str | None = None
     torchvision: str | None = None
     digits: DigitsSpec | None = None
     x: str = "x_test"
@@ -129,14 +131,22 @@ def load_images(spec: ImageSpec, base: Path, *, verify: bool = True) -> ImageSet
     verify: decode every file once, so that broken ones are found now; False only reads headers (enough for a
     check) Raises UsageError for sources that are missing, malformed, or empty after `keep_labels`.
     """
+    if spec.webdataset is not None:  # only what is chosen is decoded
+        return _webdataset(spec, spec.webdataset, base)
     images = _read(spec, base, verify)
-    chosen = np.arange(len(images))
+    chosen = _chosen(spec, images.name, images.labels, len(images))
+    return images if len(chosen) == len(images) else images.select(chosen)
+
+
+def _chosen(spec: ImageSpec, name: str, labels: np.ndarray | None, count: int) -> np.ndarray:
+    """Which of `count` images `keep_labels` and `limit` leave, int64, in order."""
+    chosen = np.arange(count)
     if spec.keep_labels is not None:
-        chosen = _kept(images, spec.keep_labels)
+        chosen = _kept(name, labels, spec.keep_labels)
     if spec.limit is not None and spec.limit < len(chosen):
         generator = np.random.default_rng(derive_seed(spec.seed, "image limit"))
         chosen = np.sort(generator.choice(chosen, spec.limit, replace=False))
-    return images if len(chosen) == len(images) else images.select(chosen)
+    return chosen
 
 
 def content_hash(image: np.ndarray) -> str:
@@ -157,19 +167,17 @@ def _read(spec: ImageSpec, base: Path, verify: bool) -> ImageSet:
     return _folder(spec, resolve_path(spec.folder, base), verify)
 
 
-def _kept(images: ImageSet, labels: tuple[int, ...]) -> np.ndarray:
-    if images.labels is None:
-        raise UsageError(
-            f"{images.name} has no labels, so keep_labels cannot choose among them: remove keep_labels"
-        )
-    present = set(np.unique(images.labels).tolist())
+def _kept(name: str, known: np.ndarray | None, labels: tuple[int, ...]) -> np.ndarray:
+    if known is None:
+        raise UsageError(f"{name} has no labels, so keep_labels cannot choose among them: remove keep_labels")
+    present = set(np.unique(known).tolist())
     absent = sorted(set(labels) - present)
     if absent:
         raise UsageError(
-            f"{images.name} has no image with label {', '.join(map(str, absent))}: "
+            f"{name} has no image with label {', '.join(map(str, absent))}: "
             f"keep_labels can name {', '.join(map(str, sorted(present)))}"
         )
-    return np.flatnonzero(np.isin(images.labels, labels))
+    return np.flatnonzero(np.isin(known, labels))
 
 
 # The sources
@@ -285,6 +293,29 @@ def _folder(spec: ImageSpec, folder: Path, verify: bool) -> ImageSet:
     images = FileImages([listing.paths[int(index)] for index in kept], channels, framing)
     labels = None if listing.labels is None else listing.labels[kept]
     return ImageSet(folder.name, images, labels, listing.classes, (note,) if note else ())
+
+
+def _webdataset(spec: ImageSpec, pattern: str, base: Path) -> ImageSet:
+    paths = tars.expand(str(resolve_path(pattern, base)))
+    folder, name = paths[0].parent, Path(pattern).name
+    found = tars.index(paths)
+    image_files.judge_broken(found.broken, found.total, folder)
+    chosen = _chosen(spec, name, found.labels, len(found.names))
+    if len(chosen) > tars.MOST:
+        raise UsageError(
+            f"{name} has {len(chosen):,} images, which would be read into memory: say how many are wanted, "
+            "for example `limit: 5000`"
+        )
+    size = spec.size if spec.size is not None else image_files.frame_of(found.headers, folder)
+    framing = Framing((size, size) if isinstance(size, int) else size, spec.crop, spec.interpolation)
+    channels = 1 if all(header.grey for header in found.headers) else 3
+    wanted = {found.names[index]: index for index in chosen.tolist()}
+    names, images, broken = tars.decode(paths, wanted.__contains__, channels, framing)
+    note = image_files.judge_broken(found.broken | broken, found.total, folder)
+    if not images:
+        raise UsageError(f"none of the {len(chosen)} images chosen from {name} can be decoded")
+    labels = None if found.labels is None else found.labels[[wanted[name] for name in names]]
+    return ImageSet(name, np.stack(images), labels, None, (note,) if note else ())
 
 
 def _torchvision(spec: ImageSpec, name: str, root: Path) -> ImageSet:

@@ -27,7 +27,8 @@ class ImagesSpec(SourceSpec):
 
     def bind(self, request: Request) -> Source:
         spec = self.images
-        if spec.size is None and (spec.folder is not None or spec.torchvision is not None):
+        unequal = (spec.folder, spec.torchvision, spec.webdataset)  # files of any size; arrays have one
+        if spec.size is None and any(place is not None for place in unequal):
             spec = spec.model_copy(update={"size": request.size})
         return _Images(load_images(spec, request.base, verify=False), request)
 

@@ -297,7 +297,7 @@ def test_content_hashes_tell_images_apart_but_not_grey_from_repeated_grey() -> N
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({}, "give exactly one of folder, npz, torchvision, digits; none is given"),
+        ({}, "give exactly one of folder, npz, webdataset, torchvision, digits; none is given"),
         ({"folder": "a", "npz": "b"}, "folder and npz are given"),
         ({"torchvision": "CIFAR10"}, "torchvision needs `root: FOLDER`"),
         ({"digits": {}, "keep_labels": ()}, "keep_labels is empty"),
