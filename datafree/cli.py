@@ -6,6 +6,7 @@ failed, 2 the caller's mistake; the last two print one message. A bug keeps its 
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -62,6 +63,32 @@ DEVICE: Decorator = click.option(
 JSON: Decorator = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 
 
+def _go_offline(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
+    """For the time of this command; a variable, because the libraries that fetch files read one too."""
+    if not asked:
+        return
+    before = {name: os.environ.get(name) for name in ("DATAFREE_OFFLINE", "HF_HUB_OFFLINE")}
+    os.environ.update(dict.fromkeys(before, "1"))
+
+    def restore() -> None:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+    ctx.call_on_close(restore)
+
+
+OFFLINE: Decorator = click.option(
+    "--offline",
+    is_flag=True,
+    expose_value=False,
+    callback=_go_offline,
+    help="Fetch nothing from the network, whatever the recipe allows; the same as DATAFREE_OFFLINE=1.",
+)
+
+
 def _version(ctx: click.Context, _: click.Parameter, asked: bool) -> None:
     if asked and not ctx.resilient_parsing:
         import datafree
@@ -82,6 +109,7 @@ def main() -> None:
 @RECIPE
 @SETTINGS
 @DEVICE
+@OFFLINE
 @JSON
 def check(recipe: str, settings: tuple[str, ...], device: str, as_json: bool) -> None:
     """Find everything that would stop RECIPE, in seconds and without making anything."""
@@ -94,6 +122,7 @@ def check(recipe: str, settings: tuple[str, ...], device: str, as_json: bool) ->
 @RECIPE
 @SETTINGS
 @DEVICE
+@OFFLINE
 @JSON
 def plan(recipe: str, settings: tuple[str, ...], device: str, as_json: bool) -> None:
     """Show which units would be fused, at what cost and with what predicted error; write nothing."""
@@ -109,6 +138,7 @@ def plan(recipe: str, settings: tuple[str, ...], device: str, as_json: bool) -> 
 @click.option("--export", is_flag=True, help="Also write a torch.export program (.pt2) and ONNX.")
 @SETTINGS
 @DEVICE
+@OFFLINE
 def merge(
     recipe: str, out: str | None, overwrite: bool, export: bool, settings: tuple[str, ...], device: str
 ) -> None:
@@ -134,6 +164,7 @@ def merge(
 )
 @SETTINGS
 @DEVICE
+@OFFLINE
 @JSON
 def diagnose(
     recipe: str, real: str | None, real_count: int, settings: tuple[str, ...], device: str, as_json: bool
@@ -152,6 +183,7 @@ def diagnose(
 @click.option("--shown", default=128, show_default=True, type=click.IntRange(min=1), help="Images per sheet.")
 @SETTINGS
 @DEVICE
+@OFFLINE
 def proxy(
     recipe: str, out: str, overwrite: bool, png: bool, shown: int, settings: tuple[str, ...], device: str
 ) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from datafree.errors import UsageError
+from datafree.offline import is_offline
 from datafree.preprocess import Interpolation, Preprocess, PreprocessSpec
 from datafree.references import Blueprint, build, build_model
 from datafree.seeds import derive_seed
@@ -114,6 +115,11 @@ def load_parent(
 
 
 def _load(spec: ParentSpec, name: str, base: Path, probe: bool, progress: Progress | None) -> Parent:
+    if spec.pretrained and is_offline():
+        raise UsageError(
+            "pretrained: true may fetch weights, which --offline forbids: name a file under `weights`, "
+            "or run without it"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(0, "random weights", name))  # a and b differ where weights stay random
         blueprint = build(spec.model, spec.arguments, base, pretrained=spec.pretrained)

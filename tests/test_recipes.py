@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,15 +11,22 @@ import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
+from safetensors.torch import save_file
 from torchvision import models
 
 from datafree.cli import main
 from datafree.recipe import load_recipe
+from datafree.references import build_model
 from datafree.spec import DATA_VARIABLE
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 NEEDS_DATA = {path.name for path in RECIPES.glob("*.yaml") if DATA_VARIABLE in path.read_text()}
-IMAGENET = "imagenet_resnet50.yaml"
+IMAGENET, DIFFUSION = "imagenet_resnet50.yaml", "diffusion.yaml"
+VARIANTS = [  # the other keys that recipes suggest in comments
+    (path.name, setting)
+    for path in sorted(RECIPES.glob("*.yaml"))
+    for setting in re.findall(r"^# .*--set '(.+)'$", path.read_text(), re.MULTILINE)
+]
 
 
 def invoke(*arguments: str) -> str:
@@ -51,6 +59,22 @@ def imagenet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def ddpm_pair(tmp_path: Path, project: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What `python -m benchmarks.ddpm_pair` would leave, untrained."""
+    network = "python:benchmarks/ddpm_pair.py:small_net"
+    for seed, name in enumerate(("digits", "garments")):
+        torch.manual_seed(seed)
+        model = build_model(network, {}, project)
+        model.train()(torch.randn(32, 1, 28, 28))
+        save_file(model.state_dict(), tmp_path / f"{name}.safetensors")
+    pixels = np.random.default_rng(0).integers(0, 256, (600, 28, 28), dtype=np.uint8)
+    np.savez(tmp_path / "garments.npz", x_test=pixels[:20], y_test=np.arange(20) % 10)
+    np.savez(tmp_path / "real.npz", x=pixels[20:])
+    monkeypatch.setenv("DDPM_PAIR", str(tmp_path))
+    return tmp_path
+
+
 def test_the_scenarios_are_there() -> None:
     assert {path.stem for path in RECIPES.glob("*.yaml")} >= {
         "quickstart",
@@ -59,6 +83,7 @@ def test_the_scenarios_are_there() -> None:
         "cifar_resnet20",
         "cifar_resnet56",
         "imagenet_resnet50",
+        "diffusion",
     }
 
 
@@ -70,13 +95,37 @@ def test_every_recipe_is_well_formed_and_survives_being_resolved(path: Path, tmp
     assert load_recipe(resolved).recipe.fingerprint() == first.recipe.fingerprint()
 
 
-@pytest.mark.parametrize("name", sorted({path.name for path in RECIPES.glob("*.yaml")} - {IMAGENET}))
+@pytest.mark.parametrize(
+    "name", sorted({path.name for path in RECIPES.glob("*.yaml")} - {IMAGENET, DIFFUSION})
+)
 def test_every_recipe_passes_check(
     name: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if name in NEEDS_DATA:
         monkeypatch.setenv(DATA_VARIABLE, str(request.getfixturevalue("shared")))
     assert "is ready" in invoke("check", str(RECIPES / name))
+
+
+@pytest.mark.parametrize(("name", "setting"), VARIANTS)
+def test_every_suggested_setting_passes_check(
+    name: str, setting: str, shared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(DATA_VARIABLE, str(shared))
+    assert "is ready" in invoke("check", str(RECIPES / name), "--set", setting)
+
+
+def test_recipes_suggest_every_other_source() -> None:
+    text = " ".join(setting for _, setting in VARIANTS)
+    assert {kind for kind in ("images", "procedural", "noise", "inversion") if f"kind: {kind}" in text} == {
+        "images", "procedural", "noise", "inversion",
+    }  # fmt: skip
+
+
+def test_the_diffusion_recipe_passes_check(
+    ddpm_pair: Path, shared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(DATA_VARIABLE, str(shared))
+    assert "is ready" in invoke("check", str(RECIPES / DIFFUSION))
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from datafree.errors import RunError, UsageError
+from datafree.offline import is_offline
 from datafree.preprocess import match_channels
 from datafree.proxy.images import frame
 from datafree.proxy.prompts import compose
@@ -236,7 +237,17 @@ class _Diffusion:
         if self._folder is None:
             from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
-            self._folder = Path(DiffusionPipeline.download(self._spec.pipeline, use_safetensors=True))
+            try:
+                found = DiffusionPipeline.download(
+                    self._spec.pipeline, use_safetensors=True, local_files_only=is_offline()
+                )
+            except OSError as error:
+                why = "--offline, and it is not in the hub's cache" if is_offline() else str(error)
+                raise UsageError(
+                    f"diffusion pipeline {self._spec.pipeline!r} could not be fetched "
+                    f"({why.splitlines()[0]}): save it to a folder where there is a network, and name that"
+                ) from error
+            self._folder = Path(found)
             inspect_folder(self._folder)
         return self._folder
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from click.testing import CliRunner, Result
 import pleas
 from datafree.cli import main
 from datafree.errors import RunError, UsageError
+from datafree.offline import is_offline
 
 HELP_SECONDS = 0.5
 
@@ -89,6 +91,22 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     result = _invoke("env")
     assert isinstance(result.exception, ZeroDivisionError)
     assert result.exit_code == 1
+
+
+@pytest.mark.parametrize("before", [None, "0"])
+def test_offline_holds_for_the_command_and_no_longer(
+    before: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    monkeypatch.setattr("datafree.commands.check.run", lambda *given: seen.append(is_offline()))
+    if before is None:
+        monkeypatch.delenv("DATAFREE_OFFLINE", raising=False)
+    else:
+        monkeypatch.setenv("DATAFREE_OFFLINE", before)
+    assert _invoke("check", "some.yaml", "--offline").exit_code == 0
+    assert _invoke("check", "some.yaml").exit_code == 0
+    assert seen == [True, False]
+    assert os.environ.get("DATAFREE_OFFLINE") == before
 
 
 @pytest.mark.parametrize("command", ["check", "plan", "merge", "diagnose"])

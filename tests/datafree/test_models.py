@@ -294,6 +294,14 @@ def test_a_callable_may_return_a_trained_model(base: Path) -> None:
     assert "weights: builder says that a python: callable returns a trained model" in message
 
 
+def test_offline_fetches_no_published_weights(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DATAFREE_OFFLINE", "1")
+    assert refusal(base, model="timm:resnet18", pretrained=True, allow_download=True) == (
+        "parent a: pretrained: true may fetch weights, which --offline forbids: name a file under `weights`, "
+        "or run without it"
+    )
+
+
 @pytest.mark.parametrize(
     ("keys", "message"),
     [

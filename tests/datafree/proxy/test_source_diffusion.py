@@ -245,6 +245,17 @@ def write_index(folder: Path, **parts: object) -> Path:
     return folder
 
 
+def test_nothing_is_fetched_offline(build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DATAFREE_OFFLINE", "1")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UsageError) as error:
+        build(1, {"kind": "diffusion", "pipeline": "nobody/no-such-pipeline", "allow_download": True})
+    assert str(error.value) == (
+        "diffusion pipeline 'nobody/no-such-pipeline' could not be fetched (--offline, and it is not in the "
+        "hub's cache): save it to a folder where there is a network, and name that"
+    )
+
+
 def test_an_ordinary_folder(build: Build, tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     with pytest.raises(UsageError, match=r"model is not a diffusers pipeline: it holds no model_index\.json"):
