@@ -42,7 +42,7 @@ class ParentScores:
     @property
     def spread(self) -> float:
         """Entropy of the mean prediction as a share of the most it can be."""
-        return _spread(self.observation)
+        return self.observation.spread
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class SourceDiagnosis:
         """Spread and batch-norm log-variance distance of one half of the images."""
         seen = [scores.halves[number] for scores in self.parents]
         return {
-            "spread": _mean([_spread(one) for one in seen]),
+            "spread": _mean([one.spread for one in seen]),
             "bn_log_var": _known_mean([one.bn_log_var for one in seen]),
         }
 
@@ -267,8 +267,3 @@ def _mean(values: Sequence[float]) -> float:
 def _known_mean(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return _mean(known) if known else None
-
-
-def _spread(seen: Observation) -> float:
-    """Entropy of the mean prediction as a share of the most it can be."""
-    return seen.entropy / seen.entropy_limit if seen.entropy_limit else 0.0

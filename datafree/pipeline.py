@@ -1,6 +1,6 @@
 """The front door: `run(recipe, out)` reads as the data flow.
 
-recipe -> parents -> images -> symmetry -> proxies -> statistics -> matching -> plan -> least squares
+recipe -> parents -> images -> symmetry -> proxies -> statistics -> matching -> diagnosis -> plan -> least squares
        -> refine -> baselines -> oracle -> evaluation -> report
 """
 
@@ -35,6 +35,7 @@ from datafree.stages import (
     exact_arithmetic,
     gather_evidence,
     has_batch_norm,
+    judge_proxies,
     load_oracle,
     load_parents,
     load_tasks,
@@ -97,6 +98,7 @@ def run(
         proxies = make_proxies(work, parents, tasks)
         inputs = proxy_inputs(work, parents, proxies)
         evidence = gather_evidence(work, parents, symmetry, inputs)
+        looks = judge_proxies(work, parents, symmetry, proxies, evidence)
         plans = make_plans(work, parents, symmetry, evidence)
         merged = solve_plans(work, parents, symmetry, evidence, plans)
         refined = refine_merged(work, parents, proxies, merged)
@@ -107,6 +109,7 @@ def run(
             results = _results(work, parents, symmetry, proxies, merged, rows)
             seconds = time.perf_counter() - started
             record = _record(work, parents, proxies, real, seconds, command)
+            record["proxies"]["diagnosis"] = looks
             record["refine"] = {one.point.label: one.refined for one in refined}
             final = refined or merged
             artefacts = _write(work, out, parents, proxies, final, results, record, overwrite, export)

@@ -102,14 +102,13 @@ def compare(one: Scores, other: Scores) -> tuple[Certainty, str]:
     return "sure", "every score agrees by more than twice what halves of one source differ by"
 
 
-def light(one: SourceDiagnosis) -> Light:
+def light(bn_log_var: float | None, spread: float) -> Light:
     """What the scores of one source alone say, by the values that sources had on CIFAR ResNet-20s."""
-    distance = one.bn_log_var
-    if distance is None:
-        return "good" if one.spread >= 0.9 else "fair" if one.spread >= 0.7 else "poor"
-    if distance < 0.25 and one.spread >= 0.9:
+    if bn_log_var is None:
+        return "good" if spread >= 0.9 else "fair" if spread >= 0.7 else "poor"
+    if bn_log_var < 0.25 and spread >= 0.9:
         return "good"
-    return "fair" if distance < 0.45 and one.spread >= 0.7 else "poor"
+    return "fair" if bn_log_var < 0.45 and spread >= 0.7 else "poor"
 
 
 def _common(found: Sequence[Scores]) -> list[str]:

@@ -67,7 +67,7 @@ def run(
         content = {
             "recipe": work.recipe.recipe.name,
             "real": None if compared is None else len(compared),
-            "sources": [one.to_dict() | {"light": light(one)} for one in found],
+            "sources": [one.to_dict() | {"light": light(one.bn_log_var, one.spread)} for one in found],
             "ranking": [vars(place) for place in places],
             "notes": notes,
         }
@@ -125,7 +125,7 @@ def _sources(found: Sequence[SourceDiagnosis]) -> str:
         [
             one.name,
             str(one.images),
-            light(one),
+            light(one.bn_log_var, one.spread),
             _number(one.bn_log_var, 3),
             f"{100 * one.spread:.0f}",
             f"{100 * one.effective_rank:.1f}",
@@ -225,7 +225,7 @@ def _order(places: Sequence[Place]) -> str:
 
 def _alone(one: SourceDiagnosis) -> str:
     return (
-        f"{one.name} looks {light(one)}, by the values that sources had on CIFAR ResNet-20s; "
+        f"{one.name} looks {light(one.bn_log_var, one.spread)}, by the values that sources had on CIFAR ResNet-20s; "
         "list several sources to have them ranked (--json has every layer)"
     )
 

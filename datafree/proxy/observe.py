@@ -42,6 +42,11 @@ class Observation:
     predictions: Tensor
 
     @property
+    def spread(self) -> float:
+        """The entropy as a share of the most it can be."""
+        return self.entropy / self.entropy_limit if self.entropy_limit else 0.0
+
+    @property
     def bn_mean(self) -> float | None:
         return _mean([norm.mean for norm in self.norms])
 

@@ -4,6 +4,7 @@ order.
 Long stages keep what they found in the store, so that a run that was interrupted goes on where it stopped.
 """
 
+from datafree.stages.diagnosing import judge_proxies
 from datafree.stages.inputs import (
     EvaluationSet,
     Inputs,
@@ -47,6 +48,7 @@ __all__ = [
     "gather_evidence",
     "has_batch_norm",
     "image_inputs",
+    "judge_proxies",
     "load_oracle",
     "load_parents",
     "load_tasks",

@@ -103,6 +103,7 @@ def test_run_json_says_how_it_was_made(outcome: Outcome) -> None:
     assert [stage for stage in record["timings"] if stage in stages] == stages
     assert record["versions"]["datafree"] == datafree.__version__
     assert record["proxies"]["sources"][0]["kind"] == "noise"
+    assert [one["source"] for one in record["proxies"]["diagnosis"]["sources"]] == ["1 noise"]
     assert record["oracle"] == 64
     assert record["parents"]["a"]["weights"] == "a.safetensors"
 
@@ -111,6 +112,7 @@ def test_the_report_and_the_cards_are_readable(outcome: Outcome) -> None:
     page = (outcome.folder / "report.html").read_text()
     assert page.count("<svg") == 2
     assert "merged, budget 1.4" in page
+    assert "How they look to the parents" in page
     card = (outcome.artefacts[1] / "README.md").read_text()
     assert "# tiny, budget 1.4" in card
     assert "| merged, budget 1.4 |" in card

@@ -89,4 +89,4 @@ def test_without_batch_norm_the_predictions_decide() -> None:
     ],
 )
 def test_the_light_of_one_source(spread: float, distance: float | None, expected: str) -> None:
-    assert light(source("one", spread, distance)) == expected
+    assert light(distance, spread) == expected
