@@ -98,7 +98,7 @@ class Case:
         return pleas.match(self.symmetry, self.statistics, *modules, self.settings)
 
     @cached_property
-    def costs(self) -> Mapping[int, Tensor]:
+    def costs(self) -> pleas.FusingCosts:
         modules = self.pair.a.module, self.pair.b.module
         return pleas.fusing_costs(self.symmetry, self.statistics, self.matching, *modules)
 

@@ -10,13 +10,14 @@ from pleas.matching import match
 from pleas.merge import LayerEvidence, MergeResult, assemble, check_parents, merge
 from pleas.module import MergedNetwork, flops, module_from_config, program_config
 from pleas.moments import Moments
-from pleas.plan import Plan, fusing_costs, make_plan
+from pleas.plan import FusingCosts, Plan, fusing_costs, make_plan
 from pleas.settings import MergeSettings
 from pleas.statistics import Statistics, collect, collect_grouped
 from pleas.symmetry import Permutation, Symmetry, trace
 
 __all__ = [
     "Ensemble",
+    "FusingCosts",
     "InputError",
     "LayerEvidence",
     "MergeFailed",

@@ -251,23 +251,25 @@ def _replace(permutation: Permutation, index: int, new: UnitPermutation) -> Perm
 
 def _value(unit_class: UnitClass, chosen: UnitPermutation, similarities: Mapping[AxisName, Tensor]) -> float:
     """Total similarity of a given pairing."""
-    return _value_between(unit_class, unit_class, chosen, similarities)
+    return float(similarity_of_pairs(unit_class, unit_class, chosen, similarities).sum())
 
 
-def _value_between(
+def similarity_of_pairs(
     class_a: UnitClass, class_b: UnitClass, chosen: UnitPermutation, similarities: Mapping[AxisName, Tensor]
-) -> float:
+) -> Tensor:
+    """(units,) similarity of every pair of a pairing, summed over the class's axes (and the units inside)."""
+    total = torch.zeros(class_a.size, dtype=torch.float64)
     if class_a.children:
-        return sum(
-            _value_between(x, y, inner, similarities)
-            for u, v in enumerate(chosen.perm.tolist())
-            for x, y, inner in zip(class_a.children[u], class_b.children[v], chosen.children[u], strict=True)
-        )
-    total = 0.0
+        for u, v in enumerate(chosen.perm.tolist()):
+            inside = zip(class_a.children[u], class_b.children[v], chosen.children[u], strict=True)
+            total[u] = sum(
+                float(similarity_of_pairs(x, y, inner, similarities).sum()) for x, y, inner in inside
+            )
+        return total
     for axis_a, axis_b in zip(class_a.axes, class_b.axes, strict=True):
         similarity = similarities.get((axis_a.tensor, axis_a.dim))
         if similarity is not None:
-            total += float(similarity.double()[axis_a.index, axis_b.index[chosen.perm]].sum())
+            total += similarity.double().cpu()[axis_a.index, axis_b.index[chosen.perm]].sum(1)
     return total
 
 

@@ -1,10 +1,10 @@
 """Which units to fuse and which to keep apart under a compute budget (design 4).
 
-Fusing a pair of units replaces `a` and `b` by `f = (a + b) / 2` and so loses `d = (a - b) / 2`. What that
-costs is read off the
-statistics: the part of the readers' outputs that `d` explains and no fused unit can. Widths then follow a
-    greedy path over classes, the pair that saves most predicted error per multiply-add first. Plans of
-    growing budgets are prefixes of one path, so more budget never predicts more error.
+Within a class the least similar pairs are kept apart first. How many, class by class, follows from what
+fusing costs: a fused pair of units replaces `a` and `b` by `f = (a + b) / 2` and so loses `d = (a - b) / 2`;
+its price, read off the statistics, is the part of the readers' outputs that `d` explains and no fused unit
+can. Widths follow a greedy path over classes, the pairs that save most predicted error per multiply-add
+first. Plans of growing budgets are prefixes of one path, so more budget never predicts more error.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from pleas.errors import InputError
 from pleas.layers import CONVOLUTION, LINEAR, Layer, find_layers, output_extents
 from pleas.layout import ClassPlan
+from pleas.matching import activation_similarities, similarity_of_pairs
 from pleas.rows import is_wide, position_costs
 from pleas.settings import MergeSettings
 from pleas.statistics import Statistics
@@ -25,6 +26,23 @@ from pleas.symmetry import DimUnits, Permutation, Symmetry, permute_state, posit
 
 aten = torch.ops.aten
 CHUNKS = 32  # a class is kept apart in steps of 1/32 of its units
+
+
+@dataclass(frozen=True)
+class FusingCosts:
+    """What is known of every matched pair of the widenable classes, each {class: (units,)}.
+
+    error:      predicted relative error of fusing the pair: decides how many of a class are kept apart
+    similarity: correlation of the two units, summed over the class's axes: decides which
+    """
+
+    error: Mapping[int, Tensor]
+    similarity: Mapping[int, Tensor]
+
+    def order(self) -> dict[int, Tensor]:
+        """Units of every class, those to keep apart first: the least similar; of equals, the dearest to fuse."""
+        dearest = {c: error.argsort(descending=True, stable=True) for c, error in self.error.items()}
+        return {c: first[self.similarity[c][first].argsort(stable=True)] for c, first in dearest.items()}
 
 
 @dataclass(frozen=True)
@@ -64,7 +82,7 @@ def make_plan(
     *,
     budget: float | None = None,
     apart: float | None = None,
-    costs: Mapping[int, Tensor] | None = None,
+    costs: FusingCosts | None = None,
 ) -> Plan:
     """A plan for a budget (multiply-adds relative to one parent, in [1, 2]) or for a fraction of every class
     kept apart.
@@ -84,19 +102,19 @@ def make_plan(
         raise InputError(f"apart = {apart}: must lie between 0 (all units fused) and 1 (none)")
     if costs is None:
         costs = fusing_costs(symmetry, statistics, matching, a, b)
-    order = {c: cost.argsort(descending=True) for c, cost in costs.items()}
+    order, errors = costs.order(), costs.error
     model = FlopModel(symmetry, _head_sizes(symmetry, a, b, settings))
-    widths = dict.fromkeys(costs, 0)
+    widths = dict.fromkeys(errors, 0)
     if apart is not None:
-        widths = _uniform(costs, apart)
+        widths = _uniform(errors, apart)
     elif budget is not None:
         # Rewrites add a little of their own: both parents side by side are within a budget of 2 all the same.
         limit = budget * model.parent if budget < 2 else 2 * max(model.parent, model.total(widths))
-        for candidate in _path(costs, order, model, settings.allocation):
+        for candidate in _path(errors, order, model, settings.allocation):
             if model.total(candidate) > limit:
                 break
             widths = dict(candidate)
-    return _plan(symmetry, costs, order, widths, model)
+    return _plan(symmetry, errors, order, widths, model)
 
 
 def _plan(
@@ -338,8 +356,8 @@ def output_places(symmetry: Symmetry, layers: Sequence[Layer]) -> list[int]:
 
 def fusing_costs(
     symmetry: Symmetry, statistics: Statistics, matching: Permutation, a: nn.Module, b: nn.Module
-) -> dict[int, Tensor]:
-    """Predicted relative error of fusing each matched pair, per widenable class: {class: (units,)}.
+) -> FusingCosts:
+    """Similarity of the matched pairs of every widenable class, and the predicted error of fusing them.
 
     For a reader with weights V = [W_A; W_B] let R = Cov(d | f) be what the fused inputs leave of d = (a - b)
     / 2. Fusing unit u costs tr(V R_u R_uu^-1 R_u^T V^T): the error one gains by handing the reader d_u in
@@ -366,17 +384,22 @@ def fusing_costs(
                 here = units.cls == c
                 costs[c].index_add_(0, units.unit[here], per_position[here])
             continue
-        residual, scale = _lost_covariance(layer, statistics, weights, alignment)
+        residual, variance, scale = _lost_covariance(layer, statistics, weights, alignment)
         for c in readable:
             index = _positions_of_units(units, c, symmetry.classes[c].size, layer)
-            costs[c] += _cost_of_units(torch.cat(weights), residual, index) / scale
-    return costs
+            costs[c] += _cost_of_units(torch.cat(weights), residual, variance, index) / scale
+    similarities = activation_similarities(symmetry, statistics, a, b)
+    alike = {
+        c: similarity_of_pairs(symmetry.classes[c], symmetry.classes[c], matching[c], similarities)
+        for c in costs
+    }
+    return FusingCosts(costs, alike)
 
 
 def _lost_covariance(
     layer: Layer, statistics: Statistics, weights: Sequence[Tensor], alignment: Tensor
-) -> tuple[Tensor, float]:
-    """Cov(d | f), (d_in, d_in), and the variance of both parents' outputs."""
+) -> tuple[Tensor, Tensor, float]:
+    """Cov(d | f), (d_in, d_in), the variance of the fused inputs, (d_in,), and that of both parents' outputs."""
     covariance = statistics.joint[layer.name].covariance[0]
     half = layer.d_in
     own_b = half + (torch.arange(layer.taps)[:, None] * layer.channels + alignment).flatten()
@@ -385,7 +408,8 @@ def _lost_covariance(
     scale = sum(float(((w @ m) * w).sum()) for w, m in zip(weights, (aa, bb), strict=True))
     damping = 1e-3 * ff.diagonal().mean().clamp_min(torch.finfo(ff.dtype).tiny)
     factor = torch.linalg.cholesky(ff + damping * torch.eye(half, dtype=ff.dtype))
-    return dd - fd.T @ torch.cholesky_solve(fd, factor), max(scale, torch.finfo(ff.dtype).tiny)
+    lost = dd - fd.T @ torch.cholesky_solve(fd, factor)
+    return lost, ff.diagonal(), max(scale, torch.finfo(ff.dtype).tiny)
 
 
 def _positions_of_units(units: DimUnits, c: int, size: int, layer: Layer) -> Tensor:
@@ -396,12 +420,13 @@ def _positions_of_units(units: DimUnits, c: int, size: int, layer: Layer) -> Ten
     return (torch.arange(layer.taps) * layer.channels + channels[:, :, None]).flatten(1)
 
 
-def _cost_of_units(weights: Tensor, residual: Tensor, index: Tensor) -> Tensor:
+def _cost_of_units(weights: Tensor, residual: Tensor, variance: Tensor, index: Tensor) -> Tensor:
     projected = (weights @ residual)[:, index].movedim(1, 0)  # (units, outputs, k)
     own = residual[index[:, :, None], index[:, None, :]]  # (units, k, k)
-    level = own.diagonal(dim1=1, dim2=2).mean(1)
-    damping = (1e-3 * level).clamp_min(torch.finfo(own.dtype).tiny)
-    factor, _ = torch.linalg.cholesky_ex(own + torch.diag_embed(damping[:, None].expand(index.shape)))
+    # What is lost of nearly equal units is rounding: below a millionth of their variance it counts as nothing.
+    floor = (1e-6 * variance.mean()).clamp_min(torch.finfo(own.dtype).tiny)
+    damping = torch.maximum(1e-3 * own.diagonal(dim1=1, dim2=2).mean(1), floor)
+    factor = torch.linalg.cholesky(own + torch.diag_embed(damping[:, None].expand(index.shape)))
     whitened = torch.linalg.solve_triangular(factor, projected.mT, upper=False)
     return whitened.square().sum((1, 2))
 
@@ -423,7 +448,7 @@ def _add_grouped_costs(
     damping = (1e-3 * ff.diagonal(dim1=1, dim2=2).mean(1)).clamp_min(tiny)
     factor = torch.linalg.cholesky(ff + torch.diag_embed(damping[:, None].expand(-1, half)))
     residual = dd - fd.mT @ torch.cholesky_solve(fd, factor)
-    lost = torch.stack([((w @ residual) * w).sum((1, 2)) for w in parts]).sum(0)
+    lost = torch.stack([((w @ residual) * w).sum((1, 2)) for w in parts]).sum(0).clamp_min(0)
     scale = sum(float(((w @ m) * w).sum()) for w, m in zip(parts, (aa, bb), strict=True))
     first = torch.arange(layer.groups) * (layer.channels // layer.groups)
     for c in costs:

@@ -33,7 +33,7 @@ class Evidence:
 
     statistics: pleas.Statistics
     matching: pleas.Permutation
-    costs: Mapping[int, torch.Tensor]
+    costs: pleas.FusingCosts
 
 
 @dataclass(frozen=True)
