@@ -244,7 +244,7 @@ class _Maker:
         key = {
             "schema": SCHEMA,
             "version": self.spec.version,
-            "section": self.spec.model_dump(mode="json", exclude=set(self.spec.irrelevant)),
+            "section": self.spec.meaning(),
             "seed": self.seed,
             "size": list(self.size),
             "channels": self.channels,

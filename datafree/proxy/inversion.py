@@ -19,7 +19,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import pydantic
 import torch
@@ -46,7 +46,12 @@ class InversionSpec(SourceSpec):
     steps:  of Adam    rate: the largest step, in pixel values on [0, 1]; warms up, then falls along a cosine
     smooth: weight of total variation    jitter: largest shift, as a fraction of the side
     start:  what the descent starts from
+    coarse: share of the steps that is done first, on images of half the side
+    enough: stop where the loss is no more than this, None: all steps are done
+    class_weight: of the cross-entropy to classes dealt evenly; 0: images belong to no class
     """
+
+    later: ClassVar[frozenset[str]] = frozenset({"coarse", "enough", "class_weight"})
 
     kind: Literal["inversion"] = "inversion"
     mode: Literal["split", "joint"] = "split"
@@ -56,9 +61,15 @@ class InversionSpec(SourceSpec):
     jitter: float = pydantic.Field(default=0.0625, ge=0, le=0.5)
     flip: bool = True
     start: Literal["procedural", "noise"] = "procedural"
+    coarse: float = pydantic.Field(default=0.0, ge=0, lt=1)
+    enough: float | None = pydantic.Field(default=None, gt=0)
+    class_weight: float = pydantic.Field(default=0.0, ge=0)
 
     def bind(self, request: Request) -> Source:
         targets = [_Target.of(parent, request) for parent in request.parents]
+        if self.coarse:
+            for target in targets:
+                _check_half_size(target.parent, request)
         return _Inversion(self, request, targets)
 
 
@@ -106,9 +117,14 @@ class _Target:
 
     def loss(self, pixels: Tensor) -> Tensor:
         """L_BN of the batch, a scalar that can be differentiated."""
+        return self.losses(pixels)[0]
+
+    def losses(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """L_BN, and the cross-entropy to classes dealt in turn."""
         with _listening(self.layers) as terms:
-            self.parent.module(self.pixels_in(pixels))
-        return torch.stack(terms).mean()
+            logits = self.parent.module(self.pixels_in(pixels))
+        labels = torch.arange(len(pixels), device=logits.device) % logits.shape[1]
+        return torch.stack(terms).mean(), functional.cross_entropy(logits, labels)
 
 
 class _Inversion:
@@ -189,18 +205,36 @@ class _Inversion:
         return match_channels(painted, self._request.channels).float() / 255
 
     def _descend(self, pixels: Tensor, targets: Sequence[_Target], generator: torch.Generator) -> Tensor:
-        """The images after `steps` of Adam; pixels stay in [0, 1]."""
+        """The images after `steps` of Adam, some of them at half the size; pixels stay in [0, 1]."""
+        spec, size = self._spec, self._request.size
+        first = round(spec.coarse * spec.steps)
+        if first:
+            half = functional.interpolate(pixels, _half(size), mode="area")
+            half = self._adam(half, targets, generator, first)
+            pixels = functional.interpolate(half, size, mode="bilinear", align_corners=False)
+        return self._adam(pixels, targets, generator, spec.steps - first)
+
+    def _adam(
+        self, pixels: Tensor, targets: Sequence[_Target], generator: torch.Generator, steps: int
+    ) -> Tensor:
         spec = self._spec
         pixels = pixels.clone().requires_grad_()
         optimiser = torch.optim.Adam([pixels], lr=spec.rate, betas=(0.5, 0.9))
-        height, width = self._request.size
+        height, width = pixels.shape[-2:]
         reach = (round(spec.jitter * height), round(spec.jitter * width))
-        for step in range(spec.steps):
-            optimiser.param_groups[0]["lr"] = spec.rate * schedule(step, spec.steps)
+        for step in range(steps):
+            optimiser.param_groups[0]["lr"] = spec.rate * schedule(step, steps)
             with torch.enable_grad():
                 seen = _shifted(pixels, reach, spec.flip, generator)
-                loss = torch.stack([target.loss(seen) for target in targets]).sum()
-                loss = loss + spec.smooth * total_variation(pixels)
+                fits, classes = (
+                    torch.stack(terms).sum()
+                    for terms in zip(*(target.losses(seen) for target in targets), strict=True)
+                )
+                loss = fits + spec.smooth * total_variation(pixels)
+                if spec.class_weight:
+                    loss = loss + spec.class_weight * classes
+            if spec.enough is not None and fits <= spec.enough * len(targets):
+                break
             (pixels.grad,) = torch.autograd.grad(loss, [pixels])
             if not torch.isfinite(loss):
                 raise RunError(
@@ -211,6 +245,24 @@ class _Inversion:
             with torch.no_grad():
                 pixels.clamp_(0, 1)
         return pixels.detach()
+
+
+def _half(size: tuple[int, int]) -> tuple[int, int]:
+    return max(1, size[0] // 2), max(1, size[1] // 2)
+
+
+@torch.no_grad()
+def _check_half_size(parent: Parent, request: Request) -> None:
+    """Raises UsageError where the parent cannot take images of half the side, as a vision transformer cannot."""
+    height, width = _half(request.size)
+    home = next(parent.module.parameters()).device
+    try:
+        parent.module(torch.zeros(2, request.channels, height, width, device=home))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise UsageError(
+            f"coarse: parent {parent.name} cannot take images of half the side, {height} x {width} "
+            f"({str(error).splitlines()[0]}): remove coarse from proxy.sources"
+        ) from error
 
 
 def schedule(step: int, steps: int) -> float:

@@ -94,8 +94,17 @@ class SourceSpec(Spec, ABC):
 
     version: ClassVar[int] = 1  # raised whenever the same section would give other pixels
     irrelevant: ClassVar[frozenset[str]] = frozenset({"share"})  # keys that change no pixel
+    later: ClassVar[frozenset[str]] = (
+        frozenset()
+    )  # keys added since: at their defaults no part of what an image is
     share: float = pydantic.Field(default=1.0, gt=0, le=1)
     augment: Literal["none", "light"] = "none"
+
+    def meaning(self) -> dict[str, Any]:
+        """The keys that decide pixels, JSON-able: part of the name under which shards are kept."""
+        fields = type(self).model_fields
+        silent = {key for key in self.later if getattr(self, key) == fields[key].default}
+        return self.model_dump(mode="json", exclude=set(self.irrelevant) | silent)
 
     @abstractmethod
     def bind(self, request: Request) -> Source:

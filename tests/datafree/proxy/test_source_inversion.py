@@ -2,16 +2,19 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 from datafree.errors import RunError, UsageError
 from datafree.models import Parent
 from datafree.proxy import InversionSpec, ProxySet, Request
-from datafree.proxy.inversion import _StatisticsLoss, _Target, schedule, total_variation
+from datafree.proxy.inversion import _Inversion, _StatisticsLoss, _Target, schedule, total_variation
 
 Build = Callable[..., ProxySet]
 MakeParent = Callable[..., Parent]
@@ -193,3 +196,73 @@ def test_joint_warns_where_no_image_suits_both(build: Build, parent: MakeParent)
     (note,) = proxies.notes
     assert note.startswith("joint inversion: no images suit both parents' statistics (loss of a ")
     assert note.endswith("trained on different kinds of images; mode: split serves each by its own")
+
+
+# Options beside the defaults --------------------------------------------------------------------------------
+
+
+def test_steps_at_half_the_size_come_first(
+    build: Build, parents: tuple[Parent, Parent], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sides = []
+    real = _Inversion._adam
+
+    def seen(self: _Inversion, pixels: torch.Tensor, targets: Any, generator: Any, steps: int) -> Any:
+        sides.append((pixels.shape[-1], steps))
+        return real(self, pixels, targets, generator, steps)
+
+    monkeypatch.setattr(_Inversion, "_adam", seen)
+    build(64, {"kind": "inversion", "steps": 10, "coarse": 0.3}, parents=parents[:1])
+    assert sides == [(8, 3), (16, 7)]
+
+
+def test_a_parent_that_cannot_take_half_the_size(build: Build, parent: MakeParent) -> None:
+    fixed = parent("a", 1)
+    with pytest.raises(UsageError) as error:
+        build(
+            64,
+            {"kind": "inversion", "coarse": 0.5},
+            parents=(replace(fixed, module=FixedSize(fixed.module)),),
+        )
+    assert str(error.value) == (
+        "coarse: parent a cannot take images of half the side, 8 x 8 (this network takes 16 x 16): remove "
+        "coarse from proxy.sources"
+    )
+
+
+class FixedSize(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[-1] != 16:
+            raise ValueError("this network takes 16 x 16")
+        return self.inner(x)
+
+
+def test_the_descent_stops_where_the_loss_is_small_enough(build: Build) -> None:
+    def loss(**keys: Any) -> float:
+        proxies = build(64, {"kind": "inversion", "steps": 60, "jitter": 0, "flip": False, **keys})
+        return float(proxies.manifest[0].facts["bn_loss"]["a"])
+
+    free, stopped = loss(), loss(enough=0.3)
+    assert free < stopped < 0.35
+
+
+def test_images_can_be_asked_to_belong_to_classes_in_turn(
+    build: Build, parents: tuple[Parent, Parent]
+) -> None:
+    def entropy(weight: float) -> float:
+        source = {"kind": "inversion", "steps": 60, "class_weight": weight}
+        images = build(64, source, parents=parents[:1]).batch(range(64))
+        logits = parents[0].module(parents[0].preprocess(images))
+        return float(functional.cross_entropy(logits, torch.arange(64) % 5))
+
+    assert entropy(1.0) < entropy(0.0) - 0.1
+
+
+def test_options_at_their_defaults_leave_shards_their_names() -> None:
+    assert InversionSpec().meaning() == InversionSpec(coarse=0.0).meaning()
+    assert not {"coarse", "enough", "class_weight", "share"} & set(InversionSpec().meaning())
+    assert InversionSpec(coarse=0.5).meaning()["coarse"] == 0.5
