@@ -67,7 +67,8 @@ def test_costs_are_what_a_regression_gains_by_seeing_the_difference() -> None:
     (hidden,) = costs.error
     with torch.no_grad():
         units_a, units_b = a[:2](x).double(), b[:2](x).double()[:, matching[hidden].perm]
-        readers = [a[2].weight.double(), b[2].weight.double()[:, matching[hidden].perm]]
+        readers = [m.state_dict()["2.weight"].double() for m in (a, b)]
+        readers[1] = readers[1][:, matching[hidden].perm]
     fused, lost = (units_a + units_b) / 2, (units_a - units_b) / 2
     targets = torch.cat([(lost @ w.T) for w in readers], 1)
     scale = sum(
