@@ -110,7 +110,7 @@ def run(
             seconds = time.perf_counter() - started
             record = _record(work, parents, proxies, real, seconds, command)
             record["proxies"]["diagnosis"] = looks
-            record["refine"] = {one.point.label: one.refined for one in refined}
+            record["refine"] = {one.point.label: one.refined for one in refined if one.refined}
             final = refined or merged
             artefacts = _write(work, out, parents, proxies, final, results, record, overwrite, export)
     return Outcome(out, artefacts, final, results, record)

@@ -61,7 +61,9 @@ def evaluate_all(
 
 
 def _verdict(one: Merged) -> str:
-    if one.refined is not None and one.refined["kept"] == "start":
+    if one.refined is None:
+        return f"{one.point.label}: it already computes what its parents do, so there was nothing to refine"
+    if one.refined["kept"] == "start":
         return f"{one.point.label}: refining did not help on held-out proxies, least squares was kept"
     return ""
 

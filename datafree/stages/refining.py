@@ -20,13 +20,16 @@ from datafree.stages.work import Work
 from datafree.store import Stage, content_hash
 from pleas.refine import RefineResult, RefineSettings, refine
 
+EXACT = 1e-9  # mean relative residual of layers that do all their parents do
+
 
 def refine_merged(
     work: Work, parents: Parents, proxies: ProxySet, merged: Sequence[Merged]
 ) -> tuple[Merged, ...]:
     """The merged networks after refining; nothing where the recipe has no `refine`.
 
-    A finished network is found in the store; an interrupted one goes on from its last check.
+    A finished network is found in the store; an interrupted one goes on from its last check. One whose layers
+    reproduce the parents' exactly, as everything kept apart does, has nothing to learn and stays as it is.
     """
     spec = work.recipe.recipe.refine
     if spec is None:
@@ -34,7 +37,17 @@ def refine_merged(
     settings = _settings(work, spec)
     images = torch.cat(list(proxies.batches(256)))
     with work.progress.stage("refine"), work.recipe.at("refine"):
-        return tuple(_refine_one(work, parents, proxies, images, one, settings) for one in merged)
+        return tuple(
+            _left(work, one)
+            if one.result.mean_residual < EXACT
+            else _refine_one(work, parents, proxies, images, one, settings)
+            for one in merged
+        )
+
+
+def _left(work: Work, one: Merged) -> Merged:
+    work.progress.note(f"{one.point.label}: it already computes what its parents do: nothing to refine")
+    return one
 
 
 def _settings(work: Work, spec: RefineSpec) -> RefineSettings:

@@ -82,3 +82,14 @@ def test_a_nested_state_survives_the_store() -> None:
 def test_steps_and_minutes_together_are_refused_where_they_stand(tiny: Tiny) -> None:
     with pytest.raises(Exception, match=r"refine.*give `steps` or `minutes`, not both"):
         load_recipe(tiny.recipe, ("refine.steps=6", "refine.minutes=1"))
+
+
+def test_a_network_that_is_its_parents_already_is_left_as_it_is(tiny: Tiny, tmp_path: Path) -> None:
+    outcome = run(tiny.load(*REFINE, "merge.budgets=[1.0, 2.0]"), tmp_path / "out")
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert set(record["refine"]) == {"budget 1"}
+    apart = [row for row in outcome.results.rows if row.name == "refined" and row.note]
+    assert len(apart) == 1
+    assert "budget 2: it already computes what its parents do" in apart[0].note
+    merged = next(row for row in outcome.results.rows if row.name == "merged" and row.point == apart[0].point)
+    assert merged.evaluation == apart[0].evaluation
