@@ -11,6 +11,9 @@ those statistics:
 with m, v the mean and variance over the batch and mu, var the stored ones. It has no scale: one weight
 suits every layer width, batch and network, and losses of several networks add up. No labels are used. The
 descent starts from procedural images, which saves three quarters of the steps against a start from noise.
+
+A network without batch norm remembers no statistics. What can be asked of it is `loss: classes`: images that it takes
+for its classes, each as often as the others.
 """
 
 from __future__ import annotations
@@ -35,12 +38,15 @@ if TYPE_CHECKING:
     from datafree.models import Parent
 
 _BatchNorm = nn.modules.batchnorm._BatchNorm
+_SMOOTHING = 0.1  # of the labels: images are to look like a class, not to be extreme cases of it
 
 
 @register
 class InversionSpec(SourceSpec):
-    """Batch-norm inversion.
+    """Inversion of the parents.
 
+    loss:   statistics: those of the batch norms; classes: every image is made to look like a class, dealt evenly, to
+            the network: for those without batch norm, such as vision transformers
     mode:   split: every shard's images are dealt to the parents in turn, each inverts its own part;
             joint: every image serves both parents at once, for parents trained on the same kind of data
     steps:  of Adam    rate: the largest step, in pixel values on [0, 1]; warms up, then falls along a cosine
@@ -48,12 +54,13 @@ class InversionSpec(SourceSpec):
     start:  what the descent starts from
     coarse: share of the steps that is done first, on images of half the side
     enough: stop where the loss is no more than this, None: all steps are done
-    class_weight: of the cross-entropy to classes dealt evenly; 0: images belong to no class
+    class_weight: of the cross-entropy to classes beside `loss: statistics`; 0: images belong to no class
     """
 
-    later: ClassVar[frozenset[str]] = frozenset({"coarse", "enough", "class_weight"})
+    later: ClassVar[frozenset[str]] = frozenset({"loss", "coarse", "enough", "class_weight"})
 
     kind: Literal["inversion"] = "inversion"
+    loss: Literal["statistics", "classes"] = "statistics"
     mode: Literal["split", "joint"] = "split"
     steps: int = pydantic.Field(default=20, ge=1)
     rate: float = pydantic.Field(default=0.03, gt=0)
@@ -65,8 +72,17 @@ class InversionSpec(SourceSpec):
     enough: float | None = pydantic.Field(default=None, gt=0)
     class_weight: float = pydantic.Field(default=0.0, ge=0)
 
+    @pydantic.model_validator(mode="after")
+    def _one_class_term(self) -> InversionSpec:
+        if self.loss == "classes" and self.class_weight:
+            raise ValueError("class_weight stands beside loss: statistics; with loss: classes remove it")
+        return self
+
     def bind(self, request: Request) -> Source:
-        targets = [_Target.of(parent, request) for parent in request.parents]
+        if self.loss == "statistics":
+            targets = [_Target.of(parent, request) for parent in request.parents]
+        else:
+            targets = [_Target(parent, (), ()) for parent in request.parents]
         if self.coarse:
             for target in targets:
                 _check_half_size(target.parent, request)
@@ -75,7 +91,7 @@ class InversionSpec(SourceSpec):
 
 @dataclass(frozen=True)
 class _Target:
-    """One parent, and those of its batch-norm layers that were trained."""
+    """One parent, and those of its batch-norm layers that were trained; none for `loss: classes`."""
 
     parent: Parent
     layers: tuple[_BatchNorm, ...]
@@ -97,7 +113,8 @@ class _Target:
             )
             raise UsageError(
                 f"parent {parent.name} ({parent.reference}) cannot be inverted: {why}. Use another source: "
-                "public images (kind: images), diffusion samples (kind: diffusion), or procedural images"
+                "public images (kind: images), diffusion samples (kind: diffusion), or procedural images; or "
+                "invert its predictions (loss: classes)"
             )
         skipped = sorted(set(stored) - set(trained))
         notes = []
@@ -115,16 +132,18 @@ class _Target:
         std = torch.tensor(self.parent.preprocess.std, device=pixels.device).view(-1, 1, 1)
         return (pixels - mean) / std
 
-    def loss(self, pixels: Tensor) -> Tensor:
-        """L_BN of the batch, a scalar that can be differentiated."""
-        return self.losses(pixels)[0]
+    def loss(self, pixels: Tensor, first: int = 0) -> Tensor:
+        """What is minimised besides smoothness, a scalar: L_BN, or the cross-entropy where no layer is matched."""
+        statistics, classes = self.losses(pixels, first)
+        return statistics if self.layers else classes
 
-    def losses(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """L_BN, and the cross-entropy to classes dealt in turn."""
+    def losses(self, pixels: Tensor, first: int = 0) -> tuple[Tensor, Tensor]:
+        """L_BN, and the cross-entropy to classes dealt in turn, from image number `first` on."""
         with _listening(self.layers) as terms:
             logits = self.parent.module(self.pixels_in(pixels))
-        labels = torch.arange(len(pixels), device=logits.device) % logits.shape[1]
-        return torch.stack(terms).mean(), functional.cross_entropy(logits, labels)
+        labels = torch.arange(first, first + len(pixels), device=logits.device) % logits.shape[1]
+        classes = functional.cross_entropy(logits, labels, label_smoothing=_SMOOTHING)
+        return torch.stack(terms).mean() if terms else classes.new_zeros(()), classes
 
 
 class _Inversion:
@@ -155,9 +174,12 @@ class _Inversion:
         for number, (targets, rows) in enumerate(self._groups()):
             with _on(self._request.device, targets):
                 generator = self._request.generator(index, "descent", str(number))
-                found = self._descend(pixels[rows], targets, generator)
+                first = index * len(pixels[rows])
+                found = self._descend(pixels[rows], targets, generator, first)
                 images[rows] = (found * 255).round().to(torch.uint8)
-                losses |= self._losses(images[rows], targets)
+                losses |= self._losses(images[rows], targets, first)
+        if self._spec.loss == "classes":
+            return Shard(images.cpu(), {"class_loss": losses})
         facts: dict[str, Any] = {"bn_loss": losses}
         if self._spec.mode == "joint" and index == 0:
             facts |= self._compatibility(pixels, losses)
@@ -171,9 +193,9 @@ class _Inversion:
         return [([target], slice(number, None, count)) for number, target in enumerate(self._targets)]
 
     @torch.no_grad()
-    def _losses(self, images: Tensor, targets: Sequence[_Target]) -> dict[str, float]:
-        """L_BN of uint8 images for each parent."""
-        return {target.parent.name: float(target.loss(images.float() / 255)) for target in targets}
+    def _losses(self, images: Tensor, targets: Sequence[_Target], first: int) -> dict[str, float]:
+        """The loss of uint8 images for each parent."""
+        return {target.parent.name: float(target.loss(images.float() / 255, first)) for target in targets}
 
     def _compatibility(self, pixels: Tensor, joint: Mapping[str, float]) -> dict[str, Any]:
         """What each parent's loss is when it has the same images to itself, and a warning where that is far less."""
@@ -181,8 +203,8 @@ class _Inversion:
         for number, target in enumerate(self._targets):
             with _on(self._request.device, [target]):
                 generator = self._request.generator(0, "alone", str(number))
-                found = self._descend(pixels, [target], generator)
-                alone |= self._losses((found * 255).round().to(torch.uint8), [target])
+                found = self._descend(pixels, [target], generator, 0)
+                alone |= self._losses((found * 255).round().to(torch.uint8), [target], 0)
         torn = [name for name in alone if joint[name] > 2 * alone[name]]
         if not torn:
             return {"bn_loss_alone": alone}
@@ -204,18 +226,28 @@ class _Inversion:
         painted = (paint(Mix(), SHARD, self._request.size, generator) * 255).round().to(torch.uint8)
         return match_channels(painted, self._request.channels).float() / 255
 
-    def _descend(self, pixels: Tensor, targets: Sequence[_Target], generator: torch.Generator) -> Tensor:
-        """The images after `steps` of Adam, some of them at half the size; pixels stay in [0, 1]."""
+    def _descend(
+        self, pixels: Tensor, targets: Sequence[_Target], generator: torch.Generator, number: int
+    ) -> Tensor:
+        """The images after `steps` of Adam, some of them at half the size; pixels stay in [0, 1].
+
+        number: of the first image among all that these targets shape, which decides its class
+        """
         spec, size = self._spec, self._request.size
         first = round(spec.coarse * spec.steps)
         if first:
             half = functional.interpolate(pixels, _half(size), mode="area")
-            half = self._adam(half, targets, generator, first)
+            half = self._adam(half, targets, generator, first, number)
             pixels = functional.interpolate(half, size, mode="bilinear", align_corners=False)
-        return self._adam(pixels, targets, generator, spec.steps - first)
+        return self._adam(pixels, targets, generator, spec.steps - first, number)
 
     def _adam(
-        self, pixels: Tensor, targets: Sequence[_Target], generator: torch.Generator, steps: int
+        self,
+        pixels: Tensor,
+        targets: Sequence[_Target],
+        generator: torch.Generator,
+        steps: int,
+        number: int,
     ) -> Tensor:
         spec = self._spec
         pixels = pixels.clone().requires_grad_()
@@ -228,8 +260,10 @@ class _Inversion:
                 seen = _shifted(pixels, reach, spec.flip, generator)
                 fits, classes = (
                     torch.stack(terms).sum()
-                    for terms in zip(*(target.losses(seen) for target in targets), strict=True)
+                    for terms in zip(*(target.losses(seen, number) for target in targets), strict=True)
                 )
+                if spec.loss == "classes":
+                    fits = classes
                 loss = fits + spec.smooth * total_variation(pixels)
                 if spec.class_weight:
                     loss = loss + spec.class_weight * classes

@@ -127,7 +127,8 @@ def test_a_network_without_batch_norm(tiny: Tiny) -> None:
     ]
     assert (
         "cannot be inverted: it has no batch-norm layer with running statistics. Use another source: public "
-        "images (kind: images), diffusion samples (kind: diffusion), or procedural images"
+        "images (kind: images), diffusion samples (kind: diffusion), or procedural images; or invert its predictions "
+        "(loss: classes)"
     ) in refusal(tiny, *plain, "proxy.sources=[{kind: inversion}]")
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pydantic
 import pytest
 import torch
 from torch import nn
@@ -119,7 +120,7 @@ def test_a_network_without_batch_norm_is_refused(build: Build, parent: MakeParen
     assert str(error.value) == (
         "parent b (tests:small) cannot be inverted: it has no batch-norm layer with running statistics. Use "
         "another source: public images (kind: images), diffusion samples (kind: diffusion), or procedural "
-        "images"
+        "images; or invert its predictions (loss: classes)"
     )
 
 
@@ -207,9 +208,11 @@ def test_steps_at_half_the_size_come_first(
     sides = []
     real = _Inversion._adam
 
-    def seen(self: _Inversion, pixels: torch.Tensor, targets: Any, generator: Any, steps: int) -> Any:
+    def seen(
+        self: _Inversion, pixels: torch.Tensor, targets: Any, generator: Any, steps: int, number: int
+    ) -> Any:
         sides.append((pixels.shape[-1], steps))
-        return real(self, pixels, targets, generator, steps)
+        return real(self, pixels, targets, generator, steps, number)
 
     monkeypatch.setattr(_Inversion, "_adam", seen)
     build(64, {"kind": "inversion", "steps": 10, "coarse": 0.3}, parents=parents[:1])
@@ -260,6 +263,30 @@ def test_images_can_be_asked_to_belong_to_classes_in_turn(
         return float(functional.cross_entropy(logits, torch.arange(64) % 5))
 
     assert entropy(1.0) < entropy(0.0) - 0.1
+
+
+def test_a_network_without_batch_norm_is_inverted_by_its_predictions(
+    build: Build, parent: MakeParent
+) -> None:
+    pair = (parent("a", 1, norm=False), parent("b", 2, norm=False))
+    proxies = build(128, {"kind": "inversion", "loss": "classes", "steps": 40}, parents=pair)
+    start = build(128, {"kind": "procedural"}, parents=pair)
+    for number, one in enumerate(pair):
+        labels = torch.arange(64) % 5  # 32 of each parent in a shard: the classes go on in the second one
+
+        def loss(
+            images: ProxySet, number: int = number, one: Parent = one, labels: torch.Tensor = labels
+        ) -> float:
+            mine = images.batch(range(number, 128, 2))
+            return float(functional.cross_entropy(one.module(one.preprocess(mine)), labels))
+
+        assert loss(proxies) < loss(start) - 0.05
+    assert set(proxies.manifest[0].facts) == {"class_loss"}
+
+
+def test_two_class_terms_are_refused() -> None:
+    with pytest.raises(pydantic.ValidationError, match="with loss: classes remove it"):
+        InversionSpec(loss="classes", class_weight=0.1)
 
 
 def test_options_at_their_defaults_leave_shards_their_names() -> None:
