@@ -36,9 +36,14 @@ else:  # the registered kinds, told apart by the key `kind`
 
 
 class ProxySpec(Spec):
-    """The recipe's `proxy` section: how many images, from which sources, in which shares."""
+    """The recipe's `proxy` section: how many images, from which sources, in which shares.
+
+    settle: fewer than `count` images are made where the parents' second moments settle before: where doubling the
+            number of images moves no layer's covariance by more than this share of it
+    """
 
     count: int = pydantic.Field(ge=1)
+    settle: float | None = pydantic.Field(default=None, gt=0)
     sources: tuple[AnySource, ...] = pydantic.Field(min_length=1)
 
     @pydantic.model_validator(mode="after")

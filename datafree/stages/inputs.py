@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,9 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import pleas
 from datafree.evaluate import Task, check_tasks, load_task, merged_columns
 from datafree.images import ImageSet, load_images
-from datafree.proxy import ProxySet, build_proxies
+from datafree.proxy import ProxySet, ProxySpec, build_proxies
+from datafree.proxy.settle import images_until_settled
 from datafree.seeds import derive_seed
 from datafree.stages.parents import Parents
 from datafree.stages.work import Work
@@ -56,9 +59,10 @@ def load_tasks(work: Work, parents: Parents, *, verify: bool = True) -> Evaluati
 def make_proxies(work: Work, parents: Parents, tasks: EvaluationSet) -> ProxySet:
     """The proxy images, none of which is an evaluation image unless the recipe allows it."""
     recipe, spec = work.recipe, work.recipe.recipe.proxy
-    with work.progress.stage("proxies"), recipe.at("proxy"):
-        proxies = build_proxies(
-            spec,
+
+    def build(wanted: ProxySpec) -> ProxySet:
+        return build_proxies(
+            wanted,
             [parents.a, parents.b],
             work.seed,
             work.store.root,
@@ -66,8 +70,35 @@ def make_proxies(work: Work, parents: Parents, tasks: EvaluationSet) -> ProxySet
             progress=work.progress,
             device=str(work.device),
         )
+
+    with work.progress.stage("proxies"), recipe.at("proxy"):
+        proxies = build(spec if spec.settle is None else _settled(work, parents, build, spec.settle))
     refuse_leak(work, "the proxies", proxies.hashes(), tasks, "proxy")
     return proxies
+
+
+def _settled(
+    work: Work, parents: Parents, build: Callable[[ProxySpec], ProxySet], tolerance: float
+) -> ProxySpec:
+    """The recipe's proxies, as few as it takes for the second moments to settle; a note says how few."""
+    spec = work.recipe.recipe.proxy
+    symmetry = pleas.trace(parents.a.module, parents.example)
+    a, b = (copy.deepcopy(parent.module).to(work.device) for parent in (parents.a, parents.b))
+
+    def collect(batches: Sequence[Tensor], first: int, total: int) -> pleas.Statistics:
+        inputs = Inputs(lambda _: iter(batches), sum(map(len, batches)), "", 64, parents, work.device)
+        return pleas.collect(symmetry, a, b, inputs, work.settings, first_image=first, images=total)
+
+    found = images_until_settled(spec, build, collect, tolerance=tolerance)
+    if not found.changes:
+        work.progress.note(f"proxies: {found.images} images are too few to see their moments settle")
+        return spec
+    layer, change = found.worst(found.images)
+    work.progress.note(
+        f"proxies: {found.images} images, at which the second moments {'have' if found.settled else 'have not'} "
+        f"settled: the last doubling moved {layer} by {100 * change:.1f} %, {100 * tolerance:g} % are allowed"
+    )
+    return spec.model_copy(update={"count": found.images})
 
 
 def load_oracle(work: Work, tasks: EvaluationSet, *, verify: bool = True) -> ImageSet | None:

@@ -285,6 +285,23 @@ def test_a_leak_that_is_allowed_is_noted(tiny: Tiny) -> None:
     assert note.endswith("are among the proxies; the recipe allows it (proxy.allow_leak)")
 
 
+def test_proxies_are_made_until_their_moments_settle(tiny: Tiny) -> None:
+    work = begin(tiny.load("proxy.count=2000", "proxy.settle=0.3"))
+    parents = load_parents(work)
+    proxies = make_proxies(work, parents, load_tasks(work, parents))
+    assert 128 <= len(proxies) < 2000
+    (note,) = work.progress.notes
+    assert note.startswith(f"proxies: {len(proxies)} images, at which the second moments have settled: ")
+    assert note.endswith(" %, 30 % are allowed")
+
+
+def test_a_cap_on_proxies_that_do_not_settle(tiny: Tiny) -> None:
+    work = begin(tiny.load("proxy.count=200", "proxy.settle=1e-6"))
+    parents = load_parents(work)
+    assert len(make_proxies(work, parents, load_tasks(work, parents))) == 200
+    assert "images, at which the second moments have not settled" in work.progress.notes[0]
+
+
 def test_evaluation_images_in_the_oracle_are_refused(tiny: Tiny, tmp_path: Path) -> None:
     message = _refused(
         lambda: run(tiny.load("oracle.count=200", "oracle.images.digits={split: test}"), tmp_path / "out")
