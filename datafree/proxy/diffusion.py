@@ -108,6 +108,7 @@ def inspect_folder(folder: Path) -> None:
             f"diffusion pipeline {folder} {what}, which is not run. If you trust it, build the pipeline in a "
             "Python file of yours and name that: pipeline: python:relative/file.py:callable"
         )
+    _check_class(folder, described["_class_name"])
     for name in parts:
         files = list((folder / name).glob("*")) if (folder / name).is_dir() else []
         pickled = sorted(file.name for file in files if file.suffix in _PICKLED)
@@ -117,6 +118,16 @@ def inspect_folder(folder: Path) -> None:
                 f"diffusion pipeline {folder}: {name} has only pickled weights ({named}), which can run code "
                 "when read: save the pipeline again with save_pretrained(..., safe_serialization=True)"
             )
+
+
+def _check_class(folder: Path, name: str) -> None:
+    import diffusers
+
+    if name not in dir(diffusers):  # asking for the attribute would import the pipeline
+        raise UsageError(
+            f"diffusion pipeline {folder} asks for the class {name}, which diffusers {diffusers.__version__} "
+            "does not have: update diffusers, or save another pipeline"
+        )
 
 
 @dataclass(frozen=True)
