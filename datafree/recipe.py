@@ -135,11 +135,15 @@ class RefineSpec(Spec):
     minutes: float | None = Field(default=None, gt=0)
     batch: int = Field(default=64, ge=1)
     rate: float = Field(default=1e-3, gt=0)
+    warmup: float = Field(default=0.05, ge=0, lt=1)
     temperature: float = Field(default=1.0, gt=0)
     logit_weight: float = Field(default=0.1, ge=0)
     joint_weight: float = Field(default=0.0, ge=0)
+    clip: float = Field(default=1.0, gt=0)
+    average: float = Field(default=0.99, ge=0, lt=1)
     batch_statistics: bool = True
     views: int = Field(default=0, ge=0)
+    mix: float = Field(default=0.5, ge=0, le=1)
     holdout: float = Field(default=0.1, gt=0, le=0.5)
     patience: int | None = Field(default=None, ge=1)
 

@@ -10,9 +10,10 @@ import torch
 
 import datafree
 from datafree.pipeline import run
-from datafree.recipe import load_recipe
+from datafree.recipe import RefineSpec, load_recipe
 from datafree.stages.refining import _joined, _parted
 from datafree.store import CACHE_VARIABLE, Store
+from pleas.refine import RefineSettings
 from tests.datafree.tiny import Tiny, make_tiny
 
 REFINE = ("refine.steps=6", "refine.batch=8", "refine.rate=0.003")
@@ -93,3 +94,7 @@ def test_a_network_that_is_its_parents_already_is_left_as_it_is(tiny: Tiny, tmp_
     assert "budget 2: it already computes what its parents do" in apart[0].note
     merged = next(row for row in outcome.results.rows if row.name == "merged" and row.point == apart[0].point)
     assert merged.evaluation == apart[0].evaluation
+
+
+def test_a_recipe_and_the_library_have_the_same_defaults() -> None:
+    assert RefineSettings(**RefineSpec().model_dump()) == RefineSettings()
