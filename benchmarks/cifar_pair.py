@@ -3,6 +3,7 @@ seed.
 
 python -m benchmarks.cifar_pair --pair cifar_resnet20
 python -m benchmarks.cifar_pair --pair cifar_halves --apart 0,0.1,0.25,0.5,1
+python -m benchmarks.cifar_pair --set merge.rows=1000 --set merge.positions=12 --name positions_12
 """
 
 from __future__ import annotations
@@ -32,15 +33,23 @@ def numbers(text: str, kind: type) -> list[Any]:
     "--apart", default="0,0.25,0.5,1", show_default=True, help="Fractions of every class kept apart."
 )
 @click.option("--seeds", default="0,1,2", show_default=True)
+@click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="Change the pair's recipe.")
 @click.option("--device", default="cpu", show_default=True)
 @click.option("--threads", default=2, show_default=True)
 @click.option("--name", default=None, help="Of the result files; the pair's name if not given.")
 def main(
-    pair: str, sources: str, apart: str, seeds: str, device: str, threads: int, name: str | None
+    pair: str,
+    sources: str,
+    apart: str,
+    seeds: str,
+    changes: tuple[str, ...],
+    device: str,
+    threads: int,
+    name: str | None,
 ) -> None:
     """Measure one pair and write benchmarks/results/NAME.json and .md."""
     torch.set_num_threads(threads)
-    loaded = load_pair(pair, device)
+    loaded = load_pair(pair, device, changes)
     symmetry = pleas.trace(loaded.a.module, loaded.example())
     rows = [*reference_rows(loaded, symmetry)]
     for source in sources.split(","):

@@ -85,9 +85,9 @@ class Inputs(Iterable[Tensor]):
             yield self.pair.a.preprocess(images.to(self.pair.device))
 
 
-def load_pair(name: str, device: str) -> Pair:
-    """The pair of `recipes/NAME.yaml`, on `device`; both parents take the same input."""
-    file = load_recipe(PROJECT / "recipes" / f"{name}.yaml")
+def load_pair(name: str, device: str, changes: Sequence[str] = ()) -> Pair:
+    """The pair of `recipes/NAME.yaml` with `key=value` changes, on `device`; both parents take the same input."""
+    file = load_recipe(PROJECT / "recipes" / f"{name}.yaml", changes)
     parents = [load_parent(spec, key, file.base) for key, spec in file.recipe.parents]
     for parent in parents:
         parent.module.to(device)
