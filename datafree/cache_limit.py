@@ -3,8 +3,8 @@
     CACHE/running/PID.lock    held by a process for as long as it runs
     CACHE/running/PID.txt     the cached files it has read or written, one a line, relative to CACHE
 
-Only what can be made again is dropped: proxy shards and finished stages. A file's time of change is the time it was
-last used.
+Only what can be made again is dropped: proxy shards and finished stages. When a file was last used is its time of
+access, which is set here, because many file systems do not keep it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import errno
 import json
 import os
 import re
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -74,7 +75,7 @@ def used(root: Path, path: Path) -> None:
     """
     root = root.absolute()
     try:
-        os.utime(path)
+        os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
         _leases.setdefault(root, _Lease(root)).add(str(path.absolute().relative_to(root)))
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
@@ -92,7 +93,7 @@ def trim(root: Path) -> list[Path]:
     for path in _droppable(root):
         with contextlib.suppress(FileNotFoundError):  # another process was quicker
             facts = path.stat()
-            sizes[path] = (facts.st_mtime_ns, facts.st_size)
+            sizes[path] = (facts.st_atime_ns, facts.st_size)
     total, limit = sum(size for _, size in sizes.values()), limit_bytes()
     if total <= limit:
         return []
