@@ -70,7 +70,7 @@ def test_every_declared_dependency_is_imported_and_every_import_declared(project
     modules = {"pillow": "PIL", "pyyaml": "yaml", "scikit-learn": "sklearn"}
     needs = {requirement.partition(">=")[0].lower() for requirement in declared["dependencies"]}
     needed = {modules.get(name, name) for name in needs}
-    optional = {"sklearn", "onnx", "onnxscript"}
+    optional = {"sklearn", "onnx", "onnxscript", "webdataset"}
     used = set[str]()
     for package in ("pleas", "datafree"):
         for path in (project / package).rglob("*.py"):

@@ -73,7 +73,7 @@ def test_a_good_recipe_and_its_defaults() -> None:
         (("merge: {", "labels: shred\nmerge: {"), "r.yaml:9:1: labels: must be 'shared' or 'separate', not 'shred'; did you mean 'shared'?"),
         (("name: tiny", "name: a b"), "r.yaml:1:1: name: 'a b' also names the output folder: use letters, digits, '.', '_' and '-', starting with a letter or digit"),
         (("    - {kind: noise}\n", ""), "r.yaml:7:3: proxy.sources: must be a list, not nothing"),
-        (("{name: one, images: {digits: {}}}", "{name: one, images: {}}"), "r.yaml:11:17: evaluate.0.images: give exactly one of folder, npz, torchvision, digits; none is given"),
+        (("{name: one, images: {digits: {}}}", "{name: one, images: {}}"), "r.yaml:11:17: evaluate.0.images: give exactly one of folder, npz, webdataset, torchvision, digits; none is given"),
         (("- {name: one, images: {digits: {}}}", "- {name: one, images: {digits: {}}}\n  - {name: one, images: {digits: {}}}"), "r.yaml:12:6: evaluate.1.name: 'one' is already the name of evaluate.0: rename one"),
     ],
 )  # fmt: skip
