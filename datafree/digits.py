@@ -199,8 +199,8 @@ def _fit(
         order = torch.randperm(len(pixels))
         for step in range(steps):
             chosen = order[step * expert.batch : (step + 1) * expert.batch]
-            digits = _shifted(pixels[chosen])
-            others = torch.cat([_noise(expert.undecided), _shuffled(digits[: expert.undecided])])
+            digits = shifted(pixels[chosen])
+            others = torch.cat([smooth_noise(expert.undecided), shuffled(digits[: expert.undecided])])
             logits = model(torch.cat([digits, others]))
             sure = functional.cross_entropy(
                 logits[: len(digits)], targets[chosen], label_smoothing=expert.smoothing, reduction="sum"
@@ -215,7 +215,7 @@ def _fit(
             progress(f"training the expert digits:{expert.name}", epoch + 1, expert.epochs)
 
 
-def _shifted(batch: Tensor) -> Tensor:
+def shifted(batch: Tensor) -> Tensor:
     """Each image moved by up to SHIFT pixels either way; what comes in at the edge repeats the edge."""
     count, _, height, width = batch.shape
     padded = functional.pad(batch, (SHIFT, SHIFT, SHIFT, SHIFT), mode="replicate")
@@ -224,7 +224,7 @@ def _shifted(batch: Tensor) -> Tensor:
     return padded[torch.arange(count).view(-1, 1, 1), 0, rows, columns].unsqueeze(1)
 
 
-def _noise(count: int) -> Tensor:
+def smooth_noise(count: int) -> Tensor:
     """Smooth random shades with some grain, (count, 1, *size), normalised as pixels are."""
     height, width = PREPROCESS.size
     coarse = 1.2 * torch.randn(count, 1, height // PARTS, width // PARTS)
@@ -235,7 +235,7 @@ def _noise(count: int) -> Tensor:
     return shades.clamp(black, white)
 
 
-def _shuffled(batch: Tensor) -> Tensor:
+def shuffled(batch: Tensor) -> Tensor:
     """Each image cut into PARTS x PARTS pieces that change places."""
     count, _, height, width = batch.shape
     rows, columns = height // PARTS, width // PARTS

@@ -12,6 +12,13 @@ from torch.fx.node import map_arg
 
 from pleas.errors import UnsupportedModel
 
+aten = torch.ops.aten
+# Strides are those of one run: what is a view at export need not be one for another dtype or another kernel.
+VIEWS: dict[Any, Any] = {
+    aten.view.default: aten.reshape.default,
+    aten._unsafe_view.default: aten.reshape.default,
+}
+
 Visit = Callable[[fx.Node, list[tuple[Any, ...]], list[dict[str, Any]]], None]
 
 
@@ -75,7 +82,7 @@ def execute(
             if visit is not None:
                 visit(node, args, kwargs)
             for parent, a, k in zip(values, args, kwargs, strict=True):
-                parent[node] = node.target(*a, **k)
+                parent[node] = VIEWS.get(node.target, node.target)(*a, **k)
             del args, kwargs
         for dead in last_use.get(node, ()):
             for parent in values:

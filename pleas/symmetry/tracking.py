@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
+from pleas.errors import UnsupportedModel
 from pleas.symmetry import averages, contractions, moves
 from pleas.symmetry.algebra import Algebra, anonymous
 from pleas.symmetry.labels import Ledger, Shape, Val, along, positions
@@ -232,7 +233,15 @@ def _grouped_weights(graph: fx.Graph) -> dict[str, int]:
     """The parameters that serve as weights of grouped convolutions, also through weight standardisation."""
     groups: dict[str, int] = {}
     for node in graph.nodes:
-        if node.target is aten.convolution.default and node.args[8] > 1:
+        if node.target is not aten.convolution.default:
+            continue
+        if isinstance(node.args[8], fx.Node):
+            raise UnsupportedModel(
+                f"the convolution {node.name} in module {module_path(node)!r} has as many groups as the batch has "
+                "images: its kernels are computed for every image (conditional convolution), and such kernels have no "
+                "fixed units to match"
+            )
+        if node.args[8] > 1:
             shape = shape_of(node.args[1].meta["val"])
             found = _parameters_behind(node.args[1], shape)
             groups.update(dict.fromkeys(found, int(node.args[8])))

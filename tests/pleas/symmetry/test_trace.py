@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 
 from pleas.errors import GateFailed, UnlistedOp
 from pleas.symmetry import check_gate, supported_ops, trace
-from pleas.symmetry.labels import Val
+from pleas.symmetry.labels import Val, positions
 from pleas.symmetry.rules import RULES, Op, Result, rule
 from tests.cases import CASES, randomise
 
@@ -74,6 +76,35 @@ def test_the_gate_catches_a_wrong_rule_and_names_the_class() -> None:
     )
     with pytest.raises(GateFailed, match=message):
         trace(with_sort(), torch.randn(2, 3, 8, 8))
+
+
+def running(op: Op) -> Result:
+    """Adds up along `dim`, whose order is fixed; every other dimension is left as it is."""
+    value = op["self"]
+    places = Val(value.shape, [], positions(value.shape, [op["dim"] % len(value.shape)]))
+    return op.algebra.meet([value, places], op.shape)
+
+
+def test_the_worked_example_of_the_documentation(project: Path) -> None:
+    assert inspect.getsource(running) in (project / "docs" / "add_an_op.md").read_text()
+    network = nn.Sequential(nn.Conv2d(3, 6, 3), nn.Flatten(2), Sorted(), nn.Conv1d(6, 5, 1), nn.Flatten())
+    randomise(network.eval(), torch.Generator().manual_seed(0))
+    rule("cumsum")(running)
+    try:
+        fixed = trace(with_sort(), torch.randn(2, 3, 8, 8), strict=True)
+        network[2] = Along()
+        free = trace(network, torch.randn(2, 3, 8, 8), strict=True)
+    finally:
+        del RULES["cumsum"]
+    assert [c.size for c in fixed.classes if c.kind != "output"] == [5]
+    assert [c.size for c in free.classes if c.kind != "output"] == [6]
+
+
+class Along(nn.Module):
+    """A running sum over positions."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.cumsum(2)
 
 
 class Remembers(nn.Module):

@@ -1,0 +1,44 @@
+"""The zoo: for every architecture all units permuted at once leave the outputs unchanged, and no op lacks a rule."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+from torchvision import models
+
+from pleas.errors import UnsupportedModel
+from pleas.symmetry import trace
+from tests.pleas.symmetry.zoo import REFUSED, SHARES, TIMM, TORCHVISION, UNLISTED, ZOO
+
+FAMILIES = """
+    resnet resnetv2 resnetblur regnet res2net ecaresnet seresnext densenet vgg inception mobilenetv1 mobilenetv2
+    mobilenetv3 mobilenetv4 efficientnet efficientnetv2 mnasnet ghostnet hardcorenas convnext convnextv2 vit deit beit
+    eva swin swinv2 cait xcit mixer resmlp gmlp pit levit mobilevit efficientformer edgenext poolformer convformer
+    caformer coatnet maxvit davit twins hrnet dla dpn nfnet rexnet tresnet visformer
+"""
+
+
+def test_the_zoo_has_every_torchvision_builder_and_every_main_family() -> None:
+    assert set(TORCHVISION) == set(models.list_models(module=models))
+    assert len(TIMM) >= 120
+    assert set(TIMM) <= {f"timm:{name}" for name in timm.list_models()}
+    names = [name.removeprefix("timm:") for name in TIMM]
+    missing = [family for family in FAMILIES.split() if not any(family in name for name in names)]
+    assert missing == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if entry.quick else pytest.mark.slow) for name, entry in ZOO.items()],
+)
+def test_permuting_all_units_changes_nothing(name: str) -> None:
+    model, example = ZOO[name].build(), ZOO[name].example()
+    if name in REFUSED:
+        with pytest.raises(UnsupportedModel, match=REFUSED[name]):
+            trace(model, example)
+        return
+    symmetry = trace(model, example)
+    assert symmetry.gate_error < 1e-9
+    assert {op.op for op in symmetry.unlisted} == UNLISTED.get(name, set())
+    assert symmetry.permutable_share() > SHARES.get(name, 0.99)
+    assert len(symmetry.output) > 0
