@@ -379,8 +379,9 @@ def _build(
     if not widened and not program.added:
         module = copy.deepcopy(a)
         state = module.state_dict()
+        saved = {name: value for name, value in merged.items() if name in state}  # some buffers are not
         module.load_state_dict(
-            state | merged | {alias: merged[name] for alias, name in program.tied.items() if name in merged}
+            state | saved | {alias: merged[name] for alias, name in program.tied.items() if name in merged}
         )
         return module.eval()
     split = {layer.name for layer in layers if len(blocks[layer.name]) > 1}

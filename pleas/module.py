@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -300,9 +301,12 @@ def flops(module: nn.Module, example: Tensor) -> int:
     """Floating-point operations of one forward pass of one image, as FlopCounterMode counts them (2 per
     multiply-add).
 
-    Runs on the meta device: no arithmetic, no change to the module.
+    Runs on fake tensors, which keep their device: no arithmetic, no change to the module. (The meta device would not
+    do: exported graphs may name the device on which they make a constant.)
     """
-    shadow = copy.deepcopy(module).to("meta").eval()
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        shadow(example[:1].to("meta"))
+    shadow = copy.deepcopy(module).eval()
+    device = next(iter(module.parameters())).device
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with fake, FlopCounterMode(display=False) as counter, torch.no_grad():
+        shadow(torch.empty(1, *example.shape[1:], dtype=example.dtype, device=device))
     return int(counter.get_total_flops())
