@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 
 class PleasError(Exception):
     """Base of every error `pleas` raises on purpose; the message says what, where, why and how to fix it."""
@@ -12,7 +15,15 @@ class InputError(PleasError):
 
 
 class UnsupportedModel(InputError):
-    """The model cannot be exported or traced, or its symmetry cannot be established."""
+    """The model cannot be exported or traced, or its symmetry cannot be established.
+
+    operations: the ops to blame where they are known, as plain data: `op`, the `node` of the exported graph, the
+    `module` it stands in, the `parameters` behind it, and what would `help`
+    """
+
+    def __init__(self, message: str, operations: Sequence[Mapping[str, Any]] = ()) -> None:
+        super().__init__(message)
+        self.operations = tuple(dict(operation) for operation in operations)
 
 
 class UnlistedOp(UnsupportedModel):

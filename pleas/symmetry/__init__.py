@@ -23,6 +23,7 @@ from pleas.symmetry.rules import supported_ops
 from pleas.symmetry.table import build
 
 __all__ = [
+    "RULE_HELPS",
     "Axis",
     "DimUnits",
     "Permutation",
@@ -45,6 +46,8 @@ __all__ = [
     "trace",
 ]
 
+RULE_HELPS = "a symmetry rule (docs/add_an_op.md); without one its parameters are merged in place, unpermuted"
+
 
 def trace(
     model: nn.Module,
@@ -66,6 +69,7 @@ def trace(
         ops = "; ".join(str(op) for op in symmetry.unlisted)
         raise UnlistedOp(
             f"{type(model).__name__} uses ops without a symmetry rule: {ops}. Add a rule (docs/add_an_op.md), or trace "
-            "without strict=True: the parameters above are then merged in place, unpermuted."
+            "without strict=True: the parameters above are then merged in place, unpermuted.",
+            [{**item, "help": RULE_HELPS} for item in symmetry.describe()["unlisted"]],
         )
     return replace(symmetry, gate_error=check_gate(symmetry, model, example)) if gate else symmetry

@@ -9,7 +9,10 @@ faster to run and easier to read.
 from __future__ import annotations
 
 import copy
+import linecache
+import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -71,16 +74,42 @@ def _export(model: nn.Module, example: Tensor) -> tuple[ExportedProgram, list[st
             try:
                 exported = torch.export.export(model, (example,))
             except EXPORT_ERRORS as error:
-                raise UnsupportedModel(
-                    f"torch.export cannot follow the forward of {type(model).__name__} on one image batch of shape "
-                    f"{tuple(example.shape)}: {_first_line(error)}. Usually this means control flow that depends on "
-                    "tensor values, or a forward that takes something other than one image tensor."
-                ) from error
+                raise _unexportable(model, example, error) from error
             notes.append(f"The batch size is fixed at export: {_first_line(dynamic_error)}.")
         table = torch.export.default_decompositions()
         for op in KEPT_WHOLE:
             table.pop(op, None)
         return exported.run_decompositions(table), notes
+
+
+def _unexportable(model: nn.Module, example: Tensor, error: Exception) -> UnsupportedModel:
+    """Why export failed, and where in the module tree, as far as the traceback tells."""
+    message = (
+        f"torch.export cannot follow the forward of {type(model).__name__} on one image batch of shape "
+        f"{tuple(example.shape)}: {_first_line(error)}"
+    )
+    helps = (
+        "Usually this means control flow that depends on tensor values, or a forward that takes something other than "
+        "one image tensor."
+    )
+    names = {id(module): name for name, module in model.named_modules()}
+    frames = [
+        frame
+        for frame in traceback.walk_tb(error.__traceback__)
+        if frame[0].f_code.co_name == "forward" and id(frame[0].f_locals.get("self")) in names
+    ]
+    if not frames:
+        return UnsupportedModel(f"{message}. {helps}")
+    frame, line = frames[-1]
+    module = frame.f_locals["self"]
+    name, file = names[id(module)], frame.f_code.co_filename
+    code = linecache.getline(file, line).strip()
+    where = f"module {name!r}" if name else "the model's own forward"
+    parameters = [f"{name}.{key}" if name else key for key, _ in module.named_parameters()]
+    operation = {"op": code, "node": "", "module": name, "parameters": parameters, "help": helps}
+    return UnsupportedModel(
+        f"{message}, in {where} ({Path(file).name}, line {line}: `{code}`). {helps}", [operation]
+    )
 
 
 def _first_line(error: Exception) -> str:

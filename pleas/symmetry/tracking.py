@@ -236,16 +236,49 @@ def _grouped_weights(graph: fx.Graph) -> dict[str, int]:
         if node.target is not aten.convolution.default:
             continue
         if isinstance(node.args[8], fx.Node):
-            raise UnsupportedModel(
-                f"the convolution {node.name} in module {module_path(node)!r} has as many groups as the batch has "
-                "images: its kernels are computed for every image (conditional convolution), and such kernels have no "
-                "fixed units to match"
-            )
+            raise _conditional(node)
         if node.args[8] > 1:
             shape = shape_of(node.args[1].meta["val"])
             found = _parameters_behind(node.args[1], shape)
             groups.update(dict.fromkeys(found, int(node.args[8])))
     return groups
+
+
+def _conditional(node: fx.Node) -> UnsupportedModel:
+    """Why a convolution whose number of groups is the batch size is refused."""
+    where = module_path(node)
+    behind = _parameters_within(node, where)
+    helps = (
+        "a plain convolution in its place (one kernel for all images); a rule cannot help, for the units of such a "
+        "layer depend on the image"
+    )
+    return UnsupportedModel(
+        f"the convolution {node.name} in module {where!r} has as many groups as the batch has images: its kernels are "
+        "computed for every image (conditional convolution), and such kernels have no fixed units to match. "
+        f"The parameters behind it: {', '.join(behind) or 'none'}. What would help: {helps}.",
+        [
+            {
+                "op": "convolution",
+                "node": node.name,
+                "module": where,
+                "parameters": behind,
+                "help": helps,
+            }
+        ],
+    )
+
+
+def _parameters_within(node: fx.Node, where: str) -> list[str]:
+    """The tensors a node is computed from inside its own module, in graph order."""
+    seen, queue, found = {node}, [node], set()
+    while queue:
+        for source in queue.pop().all_input_nodes:
+            if source.op == "get_attr":
+                found.add(str(source.target))
+            elif source not in seen and module_path(source) == where:
+                seen.add(source)
+                queue.append(source)
+    return [name for n in node.graph.nodes if n.op == "get_attr" and (name := str(n.target)) in found]
 
 
 def _parameters_behind(node: fx.Node, shape: Shape) -> set[str]:
