@@ -1,10 +1,10 @@
-"""`datafree inspect`: which parameters of a model move together, and why the others do not; or an "
-"artefact's card."""
+"""`datafree inspect`: which parameters of a model move together, and why the others do not; or an artefact's card."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,11 @@ from datafree.report import json_text
 from datafree.stages import begin, load_parents
 from datafree.tables import text_table
 from datafree.yaml_source import parse
+from pleas.errors import UnsupportedModel
+from pleas.extent import extents
+from pleas.symmetry import RULE_HELPS
 
-SHOWN = 6  # tensors listed per reason
+SHOWN = 6  # tensors listed per group, reason or op
 
 
 def run(target: str, arguments: Sequence[str], shape: str | None, strict: bool, as_json: bool) -> None:
@@ -35,8 +38,27 @@ def run(target: str, arguments: Sequence[str], shape: str | None, strict: bool, 
         if path.suffix in (".yaml", ".yml")
         else _from_reference(target, arguments, shape)
     )
-    facts = pleas.trace(model, example, strict=strict).describe()
+    try:
+        symmetry = pleas.trace(model, example, strict=strict)
+    except UnsupportedModel as error:
+        if as_json:
+            click.echo(json_text(_refusal(error)), nl=False)
+        raise
+    facts = _facts(symmetry)
     click.echo(json_text(facts) if as_json else _text(facts), nl=not as_json)
+
+
+def _facts(symmetry: pleas.Symmetry) -> dict[str, Any]:
+    """The table of the tracer, with what every class governs and what would help an op without a rule."""
+    facts = symmetry.describe()
+    whole, parts = extents(symmetry)
+    classes = [item | asdict(part) for item, part in zip(facts["classes"], parts, strict=True)]
+    unlisted = [item | {"help": RULE_HELPS} for item in facts["unlisted"]]
+    return {"supported": True} | asdict(whole) | facts | {"classes": classes, "unlisted": unlisted}
+
+
+def _refusal(error: UnsupportedModel) -> dict[str, Any]:
+    return {"supported": False, "error": str(error), "operations": list(error.operations)}
 
 
 def _artefact(folder: Path, as_json: bool) -> str:
@@ -84,18 +106,23 @@ def _text(facts: dict[str, Any]) -> str:
             item["name"],
             item["kind"],
             f"{item['size']}{_inside(item['children'])}",
-            "yes" if item["widenable"] else "no",
-            item["coupled"] + (f"  ({item['reason']})" if item["reason"] else ""),
+            f"{item['parameters']:,}",
+            f"{item['multiply_adds']:,}",
+            f"no: {item['reason']}" if item["reason"] else "yes",
+            _shortened(item["coupled"].split(" - "), " - "),
         ]
         for item in facts["classes"]
     ]
+    columns = ["group", "kind", "units", "parameters", "multiply-adds", "widens", "coupled parameters"]
     fixed = _fixed(facts["fixed"])
     lines = [
-        text_table(["class", "kind", "units", "widens", "couples"], rows, left=["kind", "widens", "couples"]),
+        text_table(columns, rows, left=["kind", "widens", "coupled parameters"]),
         "",
+        f"{facts['parameters']:,} parameters, {facts['multiply_adds']:,} multiply-adds per image; a weight between "
+        "two groups counts for both.",
         f"{100 * facts['permutable_share']:.2f} % of the parameters stand on exchangeable units; "
         "verified by one "
-        f"random permutation of every class: relative error {facts['gate_error']:.1e}",
+        f"random permutation of every group: relative error {facts['gate_error']:.1e}",
     ]
     lines += ["", "axes that stay in place:"] if fixed else []
     lines += [f"  {line}" for line in fixed]
@@ -103,7 +130,8 @@ def _text(facts: dict[str, Any]) -> str:
         ["", "operations without a rule, and the parameters they keep in place:"] if facts["unlisted"] else []
     )
     lines += [
-        f"  {item['op']} in {item['module'] or 'the model itself'}: {', '.join(item['parameters']) or 'none'}"
+        f"  {item['op']} in {item['module'] or 'the model itself'}: "
+        f"{_shortened(item['parameters'], ', ') or 'none'}; what would help: {item['help']}"
         for item in facts["unlisted"]
     ]
     return "\n".join([*lines, *(f"note: {note}" for note in facts["notes"])])
@@ -115,14 +143,18 @@ def _fixed(items: Sequence[dict[str, Any]]) -> list[str]:
     """
     by_reason: dict[str, dict[str, list[str]]] = {}
     for item in items:
-        reason = re.sub(r" in \S+ ", " ", item["reason"])
+        reason = re.sub(r" in (the model|\S+) fixes", " fixes", item["reason"])
         by_reason.setdefault(reason, {}).setdefault(item["tensor"], []).append(str(item["dim"]))
     lines = []
     for reason, tensors in by_reason.items():
-        shown = [f"{name}[{', '.join(dims)}]" for name, dims in list(tensors.items())[:SHOWN]]
-        more = f" and {len(tensors) - SHOWN} more tensors (--json lists all)" if len(tensors) > SHOWN else ""
-        lines.append(f"{reason}: {', '.join(shown)}{more}")
+        named = [f"{name}[{', '.join(dims)}]" for name, dims in tensors.items()]
+        lines.append(f"{reason}: {_shortened(named, ', ')}")
     return lines
+
+
+def _shortened(names: Sequence[str], separator: str) -> str:
+    more = f" and {len(names) - SHOWN} more (--json lists all)" if len(names) > SHOWN else ""
+    return separator.join(names[:SHOWN]) + more
 
 
 def _inside(children: Sequence[dict[str, Any]]) -> str:

@@ -23,6 +23,8 @@ Stand = dict[
 
 INNER = "inner units have to be as many in every unit"
 ALONE = "no other position plays the same role"
+TAPS = "a position in the kernel of a convolution has its place"
+CHANNELS = "a channel of the image has its place"
 
 
 def build(program: Program, model: nn.Module) -> Symmetry:
@@ -38,7 +40,7 @@ def build(program: Program, model: nn.Module) -> Symmetry:
     return Symmetry(
         program=program,
         classes=classes,
-        fixed=_fixed(tracked.ledger, forest, axes),
+        fixed=_fixed(tracked.ledger, forest, axes) | _of_convolutions(program, axes),
         unlisted=_unlisted(tracked, forest),
         output=tuple(k for k, c in enumerate(classes) if c.kind == "output"),
         groups=dict(tracked.groups),
@@ -178,6 +180,21 @@ def _fixed(
         part = "" if not free.any() else f"{int((~free).sum())} of {touch.size} positions: "
         reasons[touch.tensor, touch.dim] = part + reason_of_unit[unit]
     return reasons
+
+
+def _of_convolutions(
+    program: Program, axes: Mapping[tuple[str, int], DimUnits]
+) -> dict[tuple[str, int], str]:
+    """Better words for what every convolution fixes: its taps, and the channels of the image."""
+    found: dict[tuple[str, int], str] = {}
+    for node in program.graph.nodes:
+        if node.target is not torch.ops.aten.convolution.default or node.args[1].op != "get_attr":
+            continue
+        weight, image = str(node.args[1].target), node.args[0].op == "placeholder"
+        for dim in range(1 if image else 2, node.args[1].meta["val"].dim()):
+            if (weight, dim) in axes and not bool((axes[weight, dim].cls >= 0).any()):
+                found[weight, dim] = CHANNELS if dim == 1 else TAPS
+    return found
 
 
 def _unlisted(tracked: Tracked, forest: Forest) -> tuple[Unlisted, ...]:

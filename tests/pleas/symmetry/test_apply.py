@@ -76,7 +76,7 @@ def test_heads_have_inner_dimensions() -> None:
     stream = max((c for c in symmetry.classes if "token" in {a.tensor for a in c.axes}), key=lambda c: c.size)
     assert (stream.size, stream.widenable, stream.reason) == (12, False, "a LayerNorm averages over it")
     assert heads.widenable
-    assert "convolution in patch fixes its position" in symmetry.fixed["patch.weight", 2]
+    assert "position in the kernel" in symmetry.fixed["patch.weight", 2]
     assert symmetry.fixed["place", 1] == "add in the model fixes its position"
 
 
