@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx, nn
 
+from pleas.average import average, contracted
 from pleas.errors import ArchitectureMismatch, InputError, MergeFailed, NonFinite
 from pleas.layers import BatchNorm, Layer, find_layers, find_norms, unflatten_weight
-from pleas.layout import FUSED, Layout, plain_layout
+from pleas.layout import FUSED, Layout
 from pleas.matching import match
 from pleas.module import BlockLayer, build_network, flops
 from pleas.moments import Moments
@@ -23,16 +24,16 @@ from pleas.solve import (
     LayerSolution,
     blocks_of,
     mixing,
-    partial_merge,
     pose,
     solve,
     solve_grouped,
 )
 from pleas.statistics import Batch, Progress, Statistics, collect, collect_grouped
-from pleas.symmetry import Permutation, Symmetry, permute_state, position_maps, state_of, trace
+from pleas.symmetry import Permutation, Symmetry, logits_of, permute_state, position_maps, state_of, trace
 from pleas.widen import Layouts, edit_graph
 
 DEFAULTS = MergeSettings()
+WIDENING_TOLERANCE = 1e-3  # relative, in single precision
 
 
 @dataclass(frozen=True)
@@ -203,9 +204,12 @@ def assemble(
     averaged = [
         name for name in (*program.parameters, *program.buffers, *program.added) if name not in merged
     ]
+    weights = contracted(program)
     for name in averaged:
-        merged[name] = _average(name, states, symmetry, layouts)
+        merged[name] = average(name, states, symmetry, layouts, weights)
     module = _build(symmetry, layouts, layers, blocks, merged, plan, a)
+    if any(p.share_apart > 0 for p in plan.classes.values()):
+        _check_widening(symmetry, layouts, layers, blocks, weights, plan, a, example)
     return _finish(
         module,
         symmetry,
@@ -339,29 +343,6 @@ def _solve_norm(
     }
 
 
-def _average(
-    name: str, states: tuple[Mapping[str, Tensor], Mapping[str, Tensor]], symmetry: Symmetry, layouts: Layouts
-) -> Tensor:
-    """A tensor no least squares covers, over matched units: fused units average, units kept apart keep their
-    parent's."""
-    a, b = (state[name] for state in states)
-    if not a.is_floating_point():
-        return a.clone()
-    groups = symmetry.groups.get(name, 1)
-    if groups > 1:  # rows carry the groups; the inner axis does not grow
-        outputs, inputs = layouts.axis(name, 0), plain_layout(a.shape[1])
-    else:
-        outputs = layouts.axis(name, 0) if a.dim() else plain_layout(1)
-        inputs = layouts.axis(name, 1) if a.dim() > 1 else plain_layout(1)
-    if a.dim() == 0:
-        return (a + b) / 2
-    shape = (outputs.size, *((inputs.size, *a.shape[2:]) if a.dim() > 1 else ()))
-    flat = [
-        x.double().reshape(x.shape[0], x.shape[1] if x.dim() > 1 else 1, -1).movedim(1, 2) for x in (a, b)
-    ]
-    return partial_merge(flat[0], flat[1], inputs, outputs).movedim(2, 1).reshape(shape).to(a.dtype)
-
-
 def _build(
     symmetry: Symmetry,
     layouts: Layouts,
@@ -404,6 +385,36 @@ def _build(
     heads = next((p.heads for p in plan.classes.values() if p.heads), None)
     size = layouts.value(_output(graph, program.graph), -1).size
     return build_network(graph, modules, tensors, heads or (size,), program.notes)
+
+
+@torch.no_grad()
+def _check_widening(
+    symmetry: Symmetry,
+    layouts: Layouts,
+    layers: tuple[Layer, ...],
+    blocks: Mapping[str, tuple[Block, ...]],
+    weights: frozenset[str],
+    plan: Plan,
+    a: nn.Module,
+    example: Tensor,
+) -> None:
+    """Hold the widened graph against the parent: A merged with itself, in these very widths, has to be A."""
+    program, state = symmetry.program, state_of(symmetry.program, a)
+    names = (*program.parameters, *program.buffers, *program.added)
+    own = {name: average(name, (state, state), symmetry, layouts, weights) for name in names}
+    module = _build(symmetry, layouts, layers, blocks, own, plan, a)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn((2, *example.shape[1:]), generator=generator).to(example)
+    expected, found = logits_of(a(images)), module(images)
+    if expected is None or not bool(expected.isfinite().all()):
+        raise MergeFailed("the first parent gives no finite logits for random images: it cannot be checked")
+    error = (found[..., : expected.shape[-1]] - expected).abs().max() / expected.abs().max()
+    if not float(error) < WIDENING_TOLERANCE:
+        raise MergeFailed(
+            f"the graph widened by this plan does not compute what the parents do: merging the first parent with "
+            f"itself changes its logits by {float(error):.2g} of their scale. Use budget 1.0, and please report "
+            "this model"
+        )
 
 
 def _tensor(name: str, merged: Mapping[str, Tensor], constants: Mapping[str, Tensor]) -> Tensor:

@@ -302,9 +302,8 @@ def _other_products(symmetry: Symmetry, layers: Sequence[Layer]) -> Iterator[_Pr
             aten.baddbmm.default,
         ):
             first = 1 if node.target in (aten.addmm.default, aten.baddbmm.default) else 0
-            left = node.args[first]
-            dims = left.meta["val"].dim()
-            sides = [_value_side(symmetry, left, d) for d in range(dims)]
+            left = _unmerged(node.args[first], _hint(_batch(symmetry)))
+            sides = [_value_side(symmetry, left, d) for d in range(left.meta["val"].dim())]
             yield _Product(2, (*sides, _value_side(symmetry, node, node.meta["val"].dim() - 1)))
         elif node.target is aten.scaled_dot_product_attention.default:
             q, k, v = node.args[:3]
@@ -313,6 +312,17 @@ def _other_products(symmetry: Symmetry, layers: Sequence[Layer]) -> Iterator[_Pr
             keys = _value_side(symmetry, k, dims - 2)
             yield _Product(2, (*common, keys, _value_side(symmetry, q, dims - 1)))
             yield _Product(2, (*common, keys, _value_side(symmetry, v, dims - 1)))
+
+
+def _unmerged(node: fx.Node, batch: int) -> fx.Node:
+    """The value that `node` is a view of, where its batch has swallowed other dimensions (heads, windows): as many
+    elements, and their units still stand on dimensions of their own."""
+    views = (aten.view.default, aten._unsafe_view.default, aten.reshape.default)
+    while node.target in views and any(
+        not isinstance(size, int) and _hint(size) != batch for size in node.meta["val"].shape
+    ):
+        node = node.args[0]  # type: ignore[assignment]
+    return node
 
 
 def _size(shape: Sequence[int]) -> int:

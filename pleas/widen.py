@@ -88,6 +88,20 @@ def _sizes(position: int) -> Callable[[fx.Node, Layouts, list[Any]], list[Any]]:
     return edit
 
 
+def _view(node: fx.Node, layouts: Layouts, args: list[Any]) -> list[Any]:
+    """Every known size is written down and the one that depends on the batch is inferred: it may be a multiple of a
+    widened dimension, as where the heads of attention are laid along the batch."""
+    sizes = _sizes(1)(node, layouts, args)[1]
+    shape = node.meta["val"].shape
+    for dim, size in enumerate(sizes):
+        if size == -1 and isinstance(shape[dim], int):
+            sizes[dim] = layouts.value(node, dim).size
+    of_the_batch = [dim for dim, size in enumerate(shape) if not isinstance(size, int)]
+    if len(of_the_batch) == 1:
+        sizes[of_the_batch[0]] = -1
+    return [args[0], sizes, *args[2:]]
+
+
 def _slice(node: fx.Node, layouts: Layouts, args: list[Any]) -> list[Any]:
     source = node.args[0]
     dim = node.args[1] if len(node.args) > 1 else 0
@@ -170,9 +184,9 @@ def _refuse(node: fx.Node, why: str) -> UnsupportedModel:
 
 
 EDITS: dict[Any, Callable[[fx.Node, Layouts, list[Any]], list[Any]]] = {
-    aten.view.default: _sizes(1),
-    aten._unsafe_view.default: _sizes(1),
-    aten.reshape.default: _sizes(1),
+    aten.view.default: _view,
+    aten._unsafe_view.default: _view,
+    aten.reshape.default: _view,
     aten.expand.default: _sizes(1),
     aten.slice.Tensor: _slice,
     aten.split.Tensor: _split,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 from functools import cache
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 import pleas
 from pleas import MergeResult, MergeSettings, Symmetry
-from pleas.errors import ArchitectureMismatch, InputError, NonFinite, TooFewRows
+from pleas.errors import ArchitectureMismatch, InputError, MergeFailed, NonFinite, TooFewRows
 from pleas.symmetry import permute_state, random, state_of
 from tests.cases import CASES
 
@@ -269,3 +270,16 @@ def test_no_images_and_one_shot_iterators_are_refused() -> None:
         pleas.merge(a, b, [], budget=1.0, example=CASES["residual"].example())
     with pytest.raises(InputError, match="one-shot iterator"):
         pleas.merge(a, b, iter([images("residual")]), budget=1.0)
+
+
+def test_a_widened_graph_that_is_not_the_parents_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run-time guard: here entries of fused units are averaged wrongly."""
+    merge = importlib.import_module("pleas.merge")  # `pleas.merge` itself is the function
+    right = merge.average
+
+    def wrong(name: str, *rest: Any) -> Tensor:
+        return right(name, *rest) * (0.9 if name.endswith("weight") else 1.0)
+
+    monkeypatch.setattr(merge, "average", wrong)
+    with pytest.raises(MergeFailed, match="does not compute what the parents do"):
+        run("residual", *parents("residual"), apart=0.5)
