@@ -176,6 +176,8 @@ def _layer(weight: str, nodes: Sequence[fx.Node]) -> Layer:
 def following_norm(node: fx.Node) -> BatchNorm | None:
     """The batch norm that is the only reader of this node, if its statistics are parameters of the model."""
     users = list(node.users)
+    if node.target is LINEAR and node.meta["val"].dim() != 2:
+        return None  # batch norm runs over dimension 1, which holds positions there
     if len(users) != 1 or users[0].target is not BATCH_NORM or users[0].args[0] is not node:
         return None
     return batch_norm(users[0])

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from pleas.crossing import crossed_layers, crossed_nodes, needs_matching
 from pleas.errors import InputError, NonFinite
 from pleas.layers import BatchNorm, Layer, find_layers, find_norms, layer_rows, positions_of
 from pleas.moments import Moments
 from pleas.rows import Rows, is_wide
 from pleas.settings import MergeSettings
-from pleas.symmetry import Permutation, Symmetry, execute, permute_state, state_of
+from pleas.symmetry import Permutation, Symmetry, execute, permute_state, position_maps, state_of
 
 Progress = Callable[[str, int, int], None]
 Batch = Tensor | tuple[Tensor, Tensor]
@@ -29,9 +30,10 @@ Batch = Tensor | tuple[Tensor, Tensor]
 class Statistics:
     """What one pass over the proxies leaves behind.
 
-    joint:   layer -> moments of `[a; b]`, both in their own unit order, (1, 2 d_in)   (layers without groups)
+    joint:   layer -> moments of `[a; b]`, both in their own unit order, (1, 2 d_in)   (layers without groups; those
+        whose rows are units only after `collect_grouped`, which pairs the rows)
     units:   layer -> moments of the channels alone, (1, 2 channels)        (grouped layers and batch norms
-        that stand alone)
+        that stand alone; of layers whose rows are units the mean over them, which knows no order)
     grouped: layer -> moments of `[a_g; b_g]` group by group with b already aligned, (groups, 2 d_in)
     rows:    layer -> the rows themselves, for linear layers with too many inputs for joint moments
     images:  how many images were seen
@@ -143,6 +145,7 @@ def collect(
     Raises NonFinite naming the first layer whose inputs are not finite.
     """
     layers = find_layers(symmetry.program)
+    crossed = crossed_nodes(symmetry)
     states = [_placed(state_of(symmetry.program, parent), parent) for parent in (a, b)]
     joint: dict[str, Moments] = {}
     units: dict[str, Moments] = {}
@@ -161,7 +164,16 @@ def collect(
     def gather_units(site: Layer | BatchNorm, pair: list[Tensor], positions: Tensor | None) -> None:
         _accumulate(units, site.name, torch.cat([_unit_rows(x) for x in pair], -1))
 
+    def gather_means(dims: tuple[int, ...]) -> Gather:
+        def gather(layer: Layer, pair: list[Tensor], positions: Tensor | None) -> None:
+            means = [x.mean(dims, keepdim=True) if dims else x for x in pair]
+            gather_units(layer, means if layer.is_convolution else [x.movedim(-1, 1) for x in means], None)
+
+        return gather
+
     sites: dict[str, Site] = {node: (layer, gather) for layer in layers for node in layer.nodes}
+    for layer in crossed_layers(symmetry):
+        sites |= {node: (layer, gather_means(crossed.get(node, ()))) for node in layer.nodes}
     sites |= {norm.node: (norm, gather_units) for norm in find_norms(symmetry.program)}
     seen = _stream(symmetry, sites, states, inputs, settings, first_image, images, progress, "statistics")
     return Statistics(_on_cpu(joint), _on_cpu(units), rows=rows_of, images=seen)
@@ -178,25 +190,32 @@ def collect_grouped(
     *,
     progress: Progress | None = None,
 ) -> Statistics:
-    """A second pass for grouped convolutions, whose groups can only be paired once the units are matched.
+    """A second pass for layers that can only be paired once the units are matched: the groups of grouped
+    convolutions, and the rows of layers whose rows are units. Networks without these return at once.
 
-    Joint moments of every pair of groups would cost `groups` times more; networks without groups return at
-    once.
+    Joint moments of every pair of groups would cost `groups` times more.
     """
-    layers = tuple(layer for layer in find_layers(symmetry.program) if layer.groups > 1)
+    layers = needs_matching(symmetry)
     if not layers:
         return statistics
     program = symmetry.program
     permuted = permute_state(symmetry, _placed(state_of(program, b), a, "cpu"), matching)
     states = [_placed(state_of(program, a), a), _placed(permuted, a)]
+    maps = position_maps(symmetry, matching)
     grouped: dict[str, Moments] = {}
+    joint: dict[str, Moments] = {}
 
     def gather(layer: Layer, pair: list[Tensor], positions: Tensor | None) -> None:
-        _accumulate(grouped, layer.name, torch.cat([layer_rows(layer, x, positions) for x in pair], -1))
+        channels = maps.get((layer.weight, 1))
+        if layer.groups == 1 and channels is not None:  # rows paired, channels back in B's own order
+            own = channels.argsort().to(pair[1].device)
+            pair = [pair[0], pair[1].index_select(1 if layer.is_convolution else -1, own)]
+        rows = torch.cat([layer_rows(layer, x, positions) for x in pair], -1)
+        _accumulate(joint if layer.groups == 1 else grouped, layer.name, rows)
 
     sites: dict[str, Site] = {node: (layer, gather) for layer in layers for node in layer.nodes}
     _stream(symmetry, sites, states, inputs, settings, 0, statistics.images, progress, "statistics of groups")
-    return replace(statistics, grouped=_on_cpu(grouped))
+    return replace(statistics, grouped=_on_cpu(grouped), joint={**statistics.joint, **_on_cpu(joint)})
 
 
 Gather = Callable[[Any, list[Tensor], Tensor | None], None]

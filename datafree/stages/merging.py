@@ -20,6 +20,7 @@ from datafree.stages.inputs import Inputs, image_inputs
 from datafree.stages.parents import Parents, has_batch_norm
 from datafree.stages.work import Work
 from datafree.store import Stage
+from pleas.crossing import needs_matching
 from pleas.layers import find_layers
 from pleas.plan import output_places
 from pleas.solve import check_rows as pleas_check_rows
@@ -55,7 +56,7 @@ def check_rows(work: Work, symmetry: pleas.Symmetry, images: int) -> None:
 
 
 def gather_evidence(work: Work, parents: Parents, symmetry: pleas.Symmetry, inputs: Inputs) -> Evidence:
-    """Second moments and matching from one pass over `inputs`, two where the network has grouped layers."""
+    """Second moments and matching from one pass over `inputs`, two where the network has layers that wait for it."""
     settings, merge = work.settings, work.recipe.recipe.merge
     meaning = {
         "parents": parents.fingerprint,
@@ -79,17 +80,19 @@ def gather_evidence(work: Work, parents: Parents, symmetry: pleas.Symmetry, inpu
         both = pleas.collect_grouped(
             symmetry, statistics, matching, moved_a, moved_b, inputs, settings, progress=work.progress
         )
-        return replace(both, joint={}, units={})
+        new = {name: moments for name, moments in both.joint.items() if name not in statistics.joint}
+        return replace(both, joint=new, units={}, rows={})
 
     with work.progress.stage("statistics"), work.recipe.at("parents"):
         statistics = _finished(work, "statistics", meaning, first_pass)
     with work.progress.stage("matching"):
         matching = pleas.match(symmetry, statistics, a, b, settings)
-    if any(layer.groups > 1 for layer in find_layers(symmetry.program)):
+    if needs_matching(symmetry):
         with work.progress.stage("statistics of groups"), work.recipe.at("parents"):
             meaning["matching"] = merge.matching
-            grouped = _finished(work, "grouped", meaning, second_pass).grouped
-            statistics = replace(statistics, grouped=grouped)
+            second = _finished(work, "grouped", meaning, second_pass)
+            joint = {**statistics.joint, **second.joint}
+            statistics = replace(statistics, grouped=second.grouped, joint=joint)
     with work.progress.stage("fusing costs"):
         costs = pleas.fusing_costs(symmetry, statistics, matching, a, b)
     return Evidence(statistics, matching, costs)

@@ -6,7 +6,7 @@ inner freedom has classes of its own (the channels of a group, the dimensions of
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -121,6 +121,20 @@ class Symmetry:
                 size = (value.shape[dim],)
                 return DimUnits(cls.reshape(-1).expand(size).clone(), unit.reshape(-1).expand(size).clone())
         return None
+
+    def spread(self, node: str, but: Sequence[int] = ()) -> set[int]:
+        """Dimensions of an activation along which units vary, of all top-level classes but these."""
+        value, place = self._labels.get(node), self._place
+        found: set[int] = set()
+        if value is None or place is None:
+            return found
+        excluded = torch.tensor([-1, *but])
+        for label in value.free:
+            ids = label.clamp(min=0)
+            here = (label >= 0) & ~torch.isin(place.cls[ids], excluded)
+            for ofs in (place.cls, place.unit):
+                found |= varying(squash(torch.where(here, ofs[ids], -1)))
+        return found
 
     def permutable_share(self, state: Mapping[str, Tensor] | None = None) -> float:
         """Share of parameter and running-statistic elements that stand on at least one permutable position.

@@ -6,7 +6,9 @@ every axis as its other units have. That is impossible where
 - an op averages over the units, so that strangers would change each other (marks in the ledger);
 - a unit's positions are no slab of one dimension, or a view or a grouped convolution would not come out even
   (channel shuffles, fused projections of one head);
-- an op has places of units written into its constants.
+- an op has places of units written into its constants;
+- a layer is applied to every unit with the same weights (linear maps over tokens), which A's and B's would need of
+  their own.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ Growth = dict[int, int]  # class -> positions of one more unit along one dimensi
 
 RAGGED = "its units are not evenly laid out where the network reshapes them ({node})"
 GROUPS = "it cuts across the groups of {op} ({node})"
+CROSSED = "a {op} is applied to its units one by one, with one weight for all of them ({node})"
 CONSTANT = "its places are constants of the op {op} ({node})"
 
 _GROUPED = {"convolution": 8, "native_group_norm": 6}  # op -> which argument is its number of groups
@@ -45,7 +48,7 @@ def obstacles(graph: fx.Graph, values: Mapping[str, Val], place: DimUnits) -> di
                 found.setdefault(cls, RAGGED.format(node=node.name))
             else:
                 grown.setdefault(dim, {})[cls] = count
-        for cls, reason in _broken(node, values, growth):
+        for cls, reason in (*_broken(node, values, growth), *_crossed(node, growth)):
             found.setdefault(cls, reason)
     return found
 
@@ -96,6 +99,18 @@ def _broken(
                 yield cls, GROUPS.format(op=f"a {name}", node=node.name)
         elif any(_more(before, d, cls) for d in _placed_dims(node, name, len(old))):
             yield cls, CONSTANT.format(op=name, node=node.name)
+
+
+def _crossed(node: fx.Node, growth: Mapping[str, Mapping[int, Growth]]) -> Iterator[tuple[int, str]]:
+    """Classes that are the rows of a layer: its weights would have to differ between A's units and B's."""
+    name = op_name(node.target) if isinstance(node.target, torch._ops.OpOverload) else ""
+    if name not in ("linear", "convolution"):
+        return
+    source: fx.Node = node.args[0]  # type: ignore[assignment]
+    channels = source.meta["val"].dim() - 1 if name == "linear" else 1
+    for dim, grown in growth.get(source.name, {}).items():
+        if dim != channels:
+            yield from ((cls, CROSSED.format(op=name, node=node.name)) for cls in grown)
 
 
 def _placed_dims(node: fx.Node, name: str, ndim: int) -> list[int]:
