@@ -54,10 +54,11 @@ class InversionSpec(SourceSpec):
     start:  what the descent starts from
     coarse: share of the steps that is done first, on images of half the side
     enough: stop where the loss is no more than this, None: all steps are done
+    half:   bfloat16 arithmetic where the device is a GPU
     class_weight: of the cross-entropy to classes beside `loss: statistics`; 0: images belong to no class
     """
 
-    later: ClassVar[frozenset[str]] = frozenset({"loss", "coarse", "enough", "class_weight"})
+    later: ClassVar[frozenset[str]] = frozenset({"loss", "coarse", "enough", "half", "class_weight"})
 
     kind: Literal["inversion"] = "inversion"
     loss: Literal["statistics", "classes"] = "statistics"
@@ -70,6 +71,7 @@ class InversionSpec(SourceSpec):
     start: Literal["procedural", "noise"] = "procedural"
     coarse: float = pydantic.Field(default=0.0, ge=0, lt=1)
     enough: float | None = pydantic.Field(default=None, gt=0)
+    half: bool = False
     class_weight: float = pydantic.Field(default=0.0, ge=0)
 
     @pydantic.model_validator(mode="after")
@@ -254,14 +256,14 @@ class _Inversion:
         optimiser = torch.optim.Adam([pixels], lr=spec.rate, betas=(0.5, 0.9))
         height, width = pixels.shape[-2:]
         reach = (round(spec.jitter * height), round(spec.jitter * width))
+        half = spec.half and pixels.device.type == "cuda"
         for step in range(steps):
             optimiser.param_groups[0]["lr"] = spec.rate * schedule(step, steps)
             with torch.enable_grad():
                 seen = _shifted(pixels, reach, spec.flip, generator)
-                fits, classes = (
-                    torch.stack(terms).sum()
-                    for terms in zip(*(target.losses(seen, number) for target in targets), strict=True)
-                )
+                with torch.autocast(pixels.device.type, torch.bfloat16, enabled=half):
+                    found = [target.losses(seen, number) for target in targets]
+                fits, classes = (torch.stack(terms).float().sum() for terms in zip(*found, strict=True))
                 if spec.loss == "classes":
                     fits = classes
                 loss = fits + spec.smooth * total_variation(pixels)

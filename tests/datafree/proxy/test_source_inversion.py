@@ -293,3 +293,20 @@ def test_options_at_their_defaults_leave_shards_their_names() -> None:
     assert InversionSpec().meaning() == InversionSpec(coarse=0.0).meaning()
     assert not {"coarse", "enough", "class_weight", "share"} & set(InversionSpec().meaning())
     assert InversionSpec(coarse=0.5).meaning()["coarse"] == 0.5
+
+
+def test_half_precision_is_for_gpus_alone(build: Build) -> None:
+    images = [
+        build(64, {"kind": "inversion", "steps": 3, "half": half}).batch(range(64)) for half in (False, True)
+    ]
+    assert torch.equal(*images)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_half_precision_fits_the_statistics_on_a_gpu(build: Build) -> None:
+    spec = {"kind": "inversion", "steps": 20}
+    exact, half = (
+        build(64, {**spec, "half": half}, device="cuda").manifest[0].facts["bn_loss"]
+        for half in (False, True)
+    )
+    assert all(half[name] < 1.5 * exact[name] for name in exact)
