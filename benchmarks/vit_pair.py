@@ -47,6 +47,7 @@ SOURCES: dict[str, dict[str, Any]] = {
     "real": {"kind": "images", "images": {"digits": {"domain": "upright", "split": "train"}}},
     "procedural": {"kind": "procedural"},
     "noise": {"kind": "noise"},
+    "inverted": {"kind": "inversion", "loss": "classes", "steps": 40},
 }
 VERSION = 1  # raised whenever the code below would train other weights from the same settings
 

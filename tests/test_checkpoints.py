@@ -1,0 +1,45 @@
+"""Checkpoints that other people trained, where they are at hand (DATAFREE_DATA)."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import pleas
+from benchmarks.common import PROJECT, Inputs, load_pair, proxies
+from datafree.store import CACHE_VARIABLE
+from pleas.symmetry import permute_state, random, state_of
+
+DATA = PROJECT.parent / "shared" / "checkpoints" / "akamaster_resnet20.th"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not DATA.exists(), reason=f"{DATA} is not here")
+@pytest.mark.parametrize("apart", [0.0, 0.25])
+def test_a_published_resnet_merged_with_its_permuted_copy_comes_back(
+    apart: float, monkeypatch: pytest.MonkeyPatch, tmp_path: object
+) -> None:
+    """Invariant 2 on real weights: logits within 1e-3 of their scale, and so no prediction changes."""
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setenv("DATAFREE_DATA", str(DATA.parent.parent))
+    pair = load_pair("cifar_resnet20", "cpu")
+    a, settings = pair.a.module, pleas.MergeSettings(ridge=1e-6)
+    own = pleas.trace(a, pair.example(), rewrites=())  # what the module's own tensors can express
+    state = permute_state(own, state_of(own.program, a), random(own, torch.Generator().manual_seed(1)))
+    b = copy.deepcopy(a)
+    b.load_state_dict({key: state.get(key, value) for key, value in b.state_dict().items()})
+    images = Inputs(proxies(pair, "thumbnails", 0), pair)
+    symmetry = pleas.trace(a, pair.example())
+    statistics = pleas.collect(symmetry, a, b, images, settings)
+    matching = pleas.match(symmetry, statistics, a, b, settings)
+    plan = pleas.make_plan(symmetry, statistics, matching, a, b, settings, apart=apart)
+    merged = pleas.assemble(
+        symmetry, statistics, matching, plan, a, b, settings, example=pair.example()
+    ).module
+    x = next(iter(images))
+    with torch.no_grad():
+        expected, found = a(x), merged(x)
+    assert float((found - expected).abs().max() / expected.abs().max()) < 1e-3
+    assert torch.equal(found.argmax(1), expected.argmax(1))
