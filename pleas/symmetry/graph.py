@@ -9,10 +9,8 @@ faster to run and easier to read.
 from __future__ import annotations
 
 import copy
-import linecache
 import traceback
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -102,14 +100,12 @@ def _unexportable(model: nn.Module, example: Tensor, error: Exception) -> Unsupp
         return UnsupportedModel(f"{message}. {helps}")
     frame, line = frames[-1]
     module = frame.f_locals["self"]
-    name, file = names[id(module)], frame.f_code.co_filename
-    code = linecache.getline(file, line).strip()
+    name, file = names[id(module)], frame.f_code.co_filename.replace("\\", "/").rpartition("/")[2]
+    code = traceback.StackSummary.extract(iter([(frame, line)]))[0].line or ""
     where = f"module {name!r}" if name else "the model's own forward"
     parameters = [f"{name}.{key}" if name else key for key, _ in module.named_parameters()]
     operation = {"op": code, "node": "", "module": name, "parameters": parameters, "help": helps}
-    return UnsupportedModel(
-        f"{message}, in {where} ({Path(file).name}, line {line}: `{code}`). {helps}", [operation]
-    )
+    return UnsupportedModel(f"{message}, in {where} ({file}, line {line}: `{code}`). {helps}", [operation])
 
 
 def _first_line(error: Exception) -> str:
