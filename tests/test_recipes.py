@@ -37,7 +37,7 @@ def invoke(*arguments: str) -> str:
 
 def photographs(folder: Path, count: int, classes: tuple[str, ...] = ("",)) -> None:
     """Smooth coloured pictures of unequal sizes: enough for shapes and statistics."""
-    generator = np.random.default_rng(0)
+    generator = np.random.default_rng([len(classes), count])  # other pictures in every folder
     for index in range(count):
         coarse = Image.fromarray(generator.integers(0, 256, (6, 6, 3), dtype=np.uint8))
         place = folder / classes[index % len(classes)]
