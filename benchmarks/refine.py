@@ -39,15 +39,17 @@ Row = dict[str, Any]
 SEARCH: dict[str, dict[str, Any]] = {
     "as it is": {},
     "rate 3e-4": {"rate": 3e-4},
+    "rate 2e-3": {"rate": 2e-3},
     "rate 3e-3": {"rate": 3e-3},
     "batch norms keep their statistics": {"batch_statistics": False},
-    "no mixing": {"mix": 0.0},
-    "everything mixed": {"mix": 1.0},
+    "half of the images blended": {"mix": 0.5},
+    "all images blended": {"mix": 1.0},
     "no squared error": {"logit_weight": 0.0},
     "temperature 2": {"temperature": 2.0},
     "joint cross-entropy": {"joint_weight": 0.5},
-    "new views at every step": {"views": 0},
-    "batches of 128, half the steps": {"batch": 128},
+    "new batches at every step": {"views": 0},
+    "batches of 128, half the steps": {"batch": 128, "views": 128},
+    "batches of 32, twice the steps": {"batch": 32, "views": 512},
 }
 
 
@@ -400,7 +402,7 @@ def compare_starts(
 @main.command()
 @click.option("--pair", "pair_name", default="cifar_halves", show_default=True)
 @click.option("--seed", default=0, show_default=True)
-@click.option("--only", default=None, help="Names of SEARCH, separated by commas; all if not given.")
+@click.option("--only", default=None, help="Names of SEARCH, separated by semicolons; all if not given.")
 @common
 def search(
     pair_name: str,
@@ -421,7 +423,7 @@ def search(
     case = Case(load_pair(pair_name, device), seed, count)
     start = case.merge(1.0)
     rows = []
-    for label in only.split(",") if only else SEARCH:
+    for label in only.split(";") if only else SEARCH:
         settings = replace(base, **SEARCH[label])
         if settings.batch != base.batch:
             settings = replace(settings, steps=base.steps * base.batch // settings.batch)  # type: ignore[operator]

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -86,9 +86,21 @@ class Training:
 @click.option("--budgets", default="1.0,1.25,1.5,2.0", show_default=True)
 @click.option("--seeds", default="0,1,2", show_default=True)
 @click.option("--count", default=1000, show_default=True, help="Proxies of every source.")
+@click.option(
+    "--norms", default=None, type=float, help="How much the closed form of layer norms counts: 0 to 1."
+)
 @click.option("--threads", default=1, show_default=True)
 @click.option("--name", default="vit_digits", show_default=True, help="Of the result files.")
-def main(labels: str, sources: str, budgets: str, seeds: str, count: int, threads: int, name: str) -> None:
+def main(
+    labels: str,
+    sources: str,
+    budgets: str,
+    seeds: str,
+    count: int,
+    norms: float | None,
+    threads: int,
+    name: str,
+) -> None:
     """Train or fetch the pairs, merge them, and write benchmarks/results/NAME.json and .md."""
     torch.set_num_threads(threads)
     rows: list[dict[str, Any]] = []
@@ -97,7 +109,7 @@ def main(labels: str, sources: str, budgets: str, seeds: str, count: int, thread
             pair = Pair.of(heads, seed)  # type: ignore[arg-type]
             rows += pair.references()
             for source in sources.split(","):
-                rows += pair.merged(source, count, [float(budget) for budget in budgets.split(",")])
+                rows += pair.merged(source, count, [float(budget) for budget in budgets.split(",")], norms)
     write(name, rows, table(rows), "benchmarks.vit_pair")
 
 
@@ -134,8 +146,13 @@ class Pair:
         average = pleas.plain_average(symmetry, a, b)
         return [*rows, self.row("plain average", self.score_average(average), 1.0)]
 
-    def merged(self, source: str, count: int, budgets: Sequence[float]) -> list[dict[str, Any]]:
-        """Permutation only and our merges from one source, from one pass of statistics."""
+    def merged(
+        self, source: str, count: int, budgets: Sequence[float], norms: float | None
+    ) -> list[dict[str, Any]]:
+        """Permutation only and our merges from one source, from one pass of statistics.
+
+        norms: how much the closed form of layer norms counts (decision 0009); None: as much as units are apart
+        """
         a, b = self.a.module, self.b.module
         settings = pleas.MergeSettings(heads=self.labels, seed=self.seed)
         spec = ProxySpec.model_validate({"count": count, "sources": [SOURCES[source]]})
@@ -145,12 +162,15 @@ class Pair:
         symmetry = pleas.trace(a, self.example())
         statistics = pleas.collect(symmetry, a, b, inputs, settings)
         matching = pleas.match(symmetry, statistics, a, b, settings)
+        statistics = pleas.collect_grouped(symmetry, statistics, matching, a, b, inputs, settings)
         known: dict[str, Any] = {"source": source, "count": len(images)}
         permuted = pleas.permutation_only(symmetry, matching, a, b)
         rows = [self.row("permutation only", self.score_average(permuted), 1.0, **known)]
         costs = pleas.fusing_costs(symmetry, statistics, matching, a, b)
         for budget in budgets:
             plan = pleas.make_plan(symmetry, statistics, matching, a, b, settings, budget=budget, costs=costs)
+            if norms is not None:
+                plan = replace(plan, share_apart=norms)
             for method, least_squares in (("permutation only", False), ("ours", True)):
                 if budget == 1.0 and not least_squares and self.labels == "shared":
                     continue  # is the permuted average above

@@ -142,8 +142,8 @@ class RefineSpec(Spec):
     clip: float = Field(default=1.0, gt=0)
     average: float = Field(default=0.99, ge=0, lt=1)
     batch_statistics: bool = True
-    views: int = Field(default=0, ge=0)
-    mix: float = Field(default=0.5, ge=0, le=1)
+    views: int = Field(default=256, ge=0)
+    mix: float = Field(default=0.0, ge=0, le=1)
     holdout: float = Field(default=0.1, gt=0, le=0.5)
     patience: int | None = Field(default=None, ge=1)
 

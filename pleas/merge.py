@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from pleas.average import average, contracted
 from pleas.errors import ArchitectureMismatch, InputError, MergeFailed, NonFinite
+from pleas.layer_norm import find_layer_norms, fit_layer_norm
 from pleas.layers import BatchNorm, Layer, find_layers, find_norms, unflatten_weight
 from pleas.layout import FUSED, Layout
 from pleas.matching import match
@@ -199,6 +200,8 @@ def assemble(
         for norm in find_norms(program):
             layout = layouts.axis(norm.mean, 0)
             merged |= _solve_norm(norm, statistics.units[norm.name], states, maps, layout, settings.ridge)
+        if plan.share_apart > 0:
+            merged |= _fit_layer_norms(layouts, statistics, states, plan.share_apart, settings.ridge)
     for layer in layers:
         blocks[layer.name] = blocks_of(layer, layouts.axis(layer.weight, 1), layouts.axis(layer.weight, 0))
     averaged = [
@@ -341,6 +344,28 @@ def _solve_norm(
         norm.mean: mean_z,
         norm.var: var_z,
     }
+
+
+def _fit_layer_norms(
+    layouts: Layouts,
+    statistics: Statistics,
+    states: tuple[Mapping[str, Tensor], Mapping[str, Tensor]],
+    share: float,
+    ridge: float,
+) -> dict[str, Tensor]:
+    merged: dict[str, Tensor] = {}
+    program = layouts.symmetry.program
+    nodes = {node.name: node for node in program.graph.nodes}
+    for norm in find_layer_norms(program):
+        value = nodes[norm.node].args[0]
+        if any(layouts.value(value, dim).widened for dim in range(value.meta["val"].dim())):
+            continue  # of heads, say: some it reads are fused and others are not, so one scale cannot be fitted
+        if norm.name not in statistics.norms:
+            raise InputError(
+                f"the statistics say nothing about layer norm '{norm.name}': call pleas.collect_grouped after match"
+            )
+        merged |= fit_layer_norm(norm, statistics.norms[norm.name], states, share, ridge)
+    return merged
 
 
 def _build(

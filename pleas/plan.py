@@ -51,6 +51,7 @@ class Plan:
 
     flops:           of the merged network's layers, per image (2 per multiply-add)
     parent_flops:    of one parent's layers
+    share_apart:     of the units that can be kept apart, those that are
     saved, at_stake: predicted relative error that keeping units apart avoids, and what fusing everything
         would cost
     """
@@ -58,6 +59,7 @@ class Plan:
     classes: Mapping[int, ClassPlan]
     flops: int
     parent_flops: int
+    share_apart: float
     saved: float
     at_stake: float
 
@@ -132,7 +134,8 @@ def _plan(
         plans[index] = ClassPlan(ranked[m:].sort().values, ranked[:m].sort().values, heads)
     saved = sum(float(cost[order[c][: widths[c]]].sum()) for c, cost in costs.items())
     at_stake = sum(float(cost.sum()) for cost in costs.values())
-    return Plan(plans, model.total(widths), model.parent, saved, at_stake)
+    share = sum(widths.values()) / max(1, sum(len(cost) for cost in costs.values()))
+    return Plan(plans, model.total(widths), model.parent, share, saved, at_stake)
 
 
 def _head_sizes(

@@ -16,6 +16,7 @@ from torch import Tensor, fx
 
 from pleas.crossing import crossed_layers, crossed_nodes, needs_matching
 from pleas.errors import InputError, NonFinite
+from pleas.layer_norm import LayerNorm, find_layer_norms
 from pleas.layers import BatchNorm, Layer, find_layers, find_norms, layer_rows, positions_of
 from pleas.moments import Moments
 from pleas.rows import Rows, is_wide
@@ -24,6 +25,7 @@ from pleas.symmetry import Permutation, Symmetry, execute, permute_state, positi
 
 Progress = Callable[[str, int, int], None]
 Batch = Tensor | tuple[Tensor, Tensor]
+MOMENTS = ("joint", "units", "grouped", "norms")  # fields of Statistics
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Statistics:
     units:   layer -> moments of the channels alone, (1, 2 channels)        (grouped layers and batch norms
         that stand alone; of layers whose rows are units the mean over them, which knows no order)
     grouped: layer -> moments of `[a_g; b_g]` group by group with b already aligned, (groups, 2 d_in)
+    norms:   layer norm's scale -> moments of what its merged self gives and should give, (units, 2)
     rows:    layer -> the rows themselves, for linear layers with too many inputs for joint moments
     images:  how many images were seen
     """
@@ -42,13 +45,14 @@ class Statistics:
     joint: Mapping[str, Moments]
     units: Mapping[str, Moments]
     grouped: Mapping[str, Moments] = field(default_factory=dict)
+    norms: Mapping[str, Moments] = field(default_factory=dict)
     rows: Mapping[str, Rows] = field(default_factory=dict)
     images: int = 0
 
     def to_tensors(self) -> dict[str, Tensor]:
         """Flat tensors for a cache on disk."""
         out = {"images": torch.tensor(self.images)}
-        for kind in ("joint", "units", "grouped"):
+        for kind in MOMENTS:
             for layer, moments in getattr(self, kind).items():
                 key = f"{kind}/{layer}"
                 out[f"{key}/count"] = torch.tensor(moments.count)
@@ -61,7 +65,7 @@ class Statistics:
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Statistics:
         """Inverse of `to_tensors`."""
-        found: dict[str, dict[str, Moments]] = {"joint": {}, "units": {}, "grouped": {}}
+        found: dict[str, dict[str, Moments]] = {kind: {} for kind in MOMENTS}
         for key in tensors:
             if key.endswith("/count"):
                 kind, layer = key.removesuffix("/count").split("/", 1)
@@ -74,16 +78,13 @@ class Statistics:
 
     def __add__(self, other: Statistics) -> Statistics:
         """Statistics of two shards of images, or of two processes, together."""
-        if (set(self.joint), set(self.units), set(self.grouped)) != (
-            set(other.joint),
-            set(other.units),
-            set(other.grouped),
-        ):
+        if any(set(getattr(self, kind)) != set(getattr(other, kind)) for kind in MOMENTS):
             raise InputError("statistics of different models cannot be added: their layers differ")
         return Statistics(
             {name: m + other.joint[name] for name, m in self.joint.items()},
             {name: m + other.units[name] for name, m in self.units.items()},
             {name: m + other.grouped[name] for name, m in self.grouped.items()},
+            {name: m + other.norms[name] for name, m in self.norms.items()},
             {name: r + other.rows[name] for name, r in self.rows.items()},
             self.images + other.images,
         )
@@ -190,20 +191,23 @@ def collect_grouped(
     *,
     progress: Progress | None = None,
 ) -> Statistics:
-    """A second pass for layers that can only be paired once the units are matched: the groups of grouped
-    convolutions, and the rows of layers whose rows are units. Networks without these return at once.
+    """A second pass for what can only be paired once the units are matched: the groups of grouped convolutions,
+    the rows of layers whose rows are units, and layer norms. Networks without these return at once.
 
     Joint moments of every pair of groups would cost `groups` times more.
     """
-    layers = needs_matching(symmetry)
-    if not layers:
+    if not needs_second_pass(symmetry):
         return statistics
-    program = symmetry.program
+    program, layers = symmetry.program, needs_matching(symmetry)
     permuted = permute_state(symmetry, _placed(state_of(program, b), a, "cpu"), matching)
     states = [_placed(state_of(program, a), a), _placed(permuted, a)]
     maps = position_maps(symmetry, matching)
     grouped: dict[str, Moments] = {}
     joint: dict[str, Moments] = {}
+    norms: dict[str, Moments] = {}
+
+    def gather_norm(norm: LayerNorm, pair: list[Tensor], _: Tensor | None) -> None:
+        _accumulate(norms, norm.name, norm.rows(pair, states))
 
     def gather(layer: Layer, pair: list[Tensor], positions: Tensor | None) -> None:
         channels = maps.get((layer.weight, 1))
@@ -214,13 +218,24 @@ def collect_grouped(
         _accumulate(joint if layer.groups == 1 else grouped, layer.name, rows)
 
     sites: dict[str, Site] = {node: (layer, gather) for layer in layers for node in layer.nodes}
-    _stream(symmetry, sites, states, inputs, settings, 0, statistics.images, progress, "statistics of groups")
-    return replace(statistics, grouped=_on_cpu(grouped), joint={**statistics.joint, **_on_cpu(joint)})
+    sites |= {norm.node: (norm, gather_norm) for norm in find_layer_norms(program)}
+    _stream(symmetry, sites, states, inputs, settings, 0, statistics.images, progress, "matched statistics")
+    return replace(
+        statistics,
+        grouped=_on_cpu(grouped),
+        norms=_on_cpu(norms),
+        joint={**statistics.joint, **_on_cpu(joint)},
+    )
+
+
+def needs_second_pass(symmetry: Symmetry) -> bool:
+    """Whether `collect_grouped` has anything to do."""
+    return bool(needs_matching(symmetry) or find_layer_norms(symmetry.program))
 
 
 Gather = Callable[[Any, list[Tensor], Tensor | None], None]
 Site = tuple[
-    Layer | BatchNorm, Gather
+    Layer | BatchNorm | LayerNorm, Gather
 ]  # what is read at a node, and what to do with both parents' inputs there
 
 

@@ -20,10 +20,10 @@ from datafree.stages.inputs import Inputs, image_inputs
 from datafree.stages.parents import Parents, has_batch_norm
 from datafree.stages.work import Work
 from datafree.store import Stage
-from pleas.crossing import needs_matching
 from pleas.layers import find_layers
 from pleas.plan import output_places
 from pleas.solve import check_rows as pleas_check_rows
+from pleas.statistics import needs_second_pass
 from pleas.symmetry import identity
 
 
@@ -87,12 +87,12 @@ def gather_evidence(work: Work, parents: Parents, symmetry: pleas.Symmetry, inpu
         statistics = _finished(work, "statistics", meaning, first_pass)
     with work.progress.stage("matching"):
         matching = pleas.match(symmetry, statistics, a, b, settings)
-    if needs_matching(symmetry):
-        with work.progress.stage("statistics of groups"), work.recipe.at("parents"):
-            meaning["matching"] = merge.matching
+    if needs_second_pass(symmetry):
+        with work.progress.stage("matched statistics"), work.recipe.at("parents"):
+            meaning |= {"matching": merge.matching, "of": ["groups", "rows", "norms"]}
             second = _finished(work, "grouped", meaning, second_pass)
             joint = {**statistics.joint, **second.joint}
-            statistics = replace(statistics, grouped=second.grouped, joint=joint)
+            statistics = replace(statistics, grouped=second.grouped, norms=second.norms, joint=joint)
     with work.progress.stage("fusing costs"):
         costs = pleas.fusing_costs(symmetry, statistics, matching, a, b)
     return Evidence(statistics, matching, costs)

@@ -48,8 +48,8 @@ class RefineSettings:
     clip: float = 1.0
     average: float = 0.99
     batch_statistics: bool = True
-    views: int = 0
-    mix: float = 0.5
+    views: int = 256
+    mix: float = 0.0
     holdout: float = 0.1
     checks: int = 20
     patience: int | None = None

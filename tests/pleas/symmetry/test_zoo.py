@@ -27,6 +27,11 @@ def test_the_zoo_has_every_torchvision_builder_and_every_main_family() -> None:
     assert missing == []
 
 
+def test_every_family_has_a_member_in_every_test_run() -> None:
+    quick = [name for name, entry in ZOO.items() if entry.quick]
+    assert [family for family in FAMILIES.split() if not any(family in name for name in quick)] == []
+
+
 @pytest.mark.parametrize(
     "name",
     [pytest.param(name, marks=() if entry.quick else pytest.mark.slow) for name, entry in ZOO.items()],

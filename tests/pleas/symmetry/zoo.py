@@ -56,21 +56,21 @@ def timm_models(names: str, pixels: int = 64, **arguments: Any) -> None:
 
 
 torchvision("""
-    alexnet vgg11 vgg11_bn vgg13 vgg13_bn vgg16 vgg16_bn vgg19 vgg19_bn
-    *resnet18 resnet34 resnet50 resnet101 resnet152 wide_resnet50_2 wide_resnet101_2
-    resnext50_32x4d resnext101_32x8d resnext101_64x4d squeezenet1_0 *squeezenet1_1
-    densenet121 densenet161 densenet169 densenet201
-    mobilenet_v2 mobilenet_v3_small mobilenet_v3_large mnasnet0_5 mnasnet0_75 mnasnet1_0 mnasnet1_3
-    *shufflenet_v2_x0_5 shufflenet_v2_x1_0 shufflenet_v2_x1_5 shufflenet_v2_x2_0
-    efficientnet_b0 efficientnet_b1 efficientnet_b2 efficientnet_b3 efficientnet_b4 efficientnet_b5
-    efficientnet_b6 efficientnet_b7 efficientnet_v2_s efficientnet_v2_m efficientnet_v2_l
-    regnet_y_400mf regnet_y_800mf regnet_y_1_6gf regnet_y_3_2gf regnet_y_8gf regnet_y_16gf regnet_y_32gf
-    regnet_y_128gf regnet_x_400mf regnet_x_800mf regnet_x_1_6gf regnet_x_3_2gf regnet_x_8gf
-    regnet_x_16gf regnet_x_32gf convnext_tiny convnext_small convnext_base convnext_large
-    swin_t swin_s swin_b swin_v2_t swin_v2_s swin_v2_b
+    *alexnet *vgg11 *vgg11_bn vgg13 vgg13_bn vgg16 vgg16_bn vgg19 vgg19_bn
+    *resnet18 *resnet34 *resnet50 *resnet101 *resnet152 wide_resnet50_2 wide_resnet101_2
+    *resnext50_32x4d resnext101_32x8d resnext101_64x4d *squeezenet1_0 *squeezenet1_1
+    *densenet121 densenet161 densenet169 densenet201
+    *mobilenet_v2 *mobilenet_v3_small *mobilenet_v3_large *mnasnet0_5 *mnasnet0_75 *mnasnet1_0 *mnasnet1_3
+    *shufflenet_v2_x0_5 *shufflenet_v2_x1_0 *shufflenet_v2_x1_5 *shufflenet_v2_x2_0
+    *efficientnet_b0 *efficientnet_b1 *efficientnet_b2 *efficientnet_b3 efficientnet_b4 efficientnet_b5
+    efficientnet_b6 efficientnet_b7 *efficientnet_v2_s efficientnet_v2_m efficientnet_v2_l
+    *regnet_y_400mf *regnet_y_800mf *regnet_y_1_6gf *regnet_y_3_2gf *regnet_y_8gf regnet_y_16gf regnet_y_32gf
+    regnet_y_128gf *regnet_x_400mf *regnet_x_800mf *regnet_x_1_6gf *regnet_x_3_2gf *regnet_x_8gf
+    regnet_x_16gf regnet_x_32gf *convnext_tiny *convnext_small convnext_base convnext_large
+    swin_t swin_s swin_b *swin_v2_t swin_v2_s swin_v2_b
 """)
-torchvision("googlenet inception_v3", 96, init_weights=False)
-torchvision("vit_b_16 vit_b_32 vit_l_16 vit_l_32", image_size=64)
+torchvision("*googlenet *inception_v3", 96, init_weights=False)
+torchvision("*vit_b_16 *vit_b_32 vit_l_16 vit_l_32", image_size=64)
 torchvision("vit_h_14", 56, image_size=56)
 torchvision("maxvit_t", 224)
 
@@ -101,20 +101,20 @@ timm_models(
 # Regnets and mobile networks.
 timm_models("""
     *regnetx_002 regnety_002 regnetv_040 regnetz_005 regnetz_040_h *test_efficientnet
-    *mobilenetv1_100 mobilenetv2_035 *mobilenetv3_small_050 *mobilenetv4_conv_small_035 mobilenetv4_conv_aa_medium
+    *mobilenetv1_100 *mobilenetv2_035 *mobilenetv3_small_050 *mobilenetv4_conv_small_035 mobilenetv4_conv_aa_medium
     mobilenetv4_hybrid_medium_075 mobilenetv5_base lcnet_035 fbnetv3_b fbnetc_100 spnasnet_100 *mnasnet_small
     semnasnet_075 *hardcorenas_a efficientnet_b0 efficientnet_b0_g8_gn efficientnet_b0_g16_evos efficientnet_blur_b0
     efficientnet_es efficientnet_lite0 efficientnetv2_rw_t *tf_efficientnetv2_b0 efficientnet_cc_b0_4e mixnet_s
-    tinynet_e rexnet_100 *rexnetr_100 ghostnet_050 ghostnetv2_100 ghostnetv3_050 *repghostnet_050 repvit_m0_9
+    tinynet_e rexnet_100 *rexnetr_100 *ghostnet_050 ghostnetv2_100 ghostnetv3_050 *repghostnet_050 repvit_m0_9
     fasternet_t0
 """)
 # Convolutional, with layer norm; token mixers without attention.
 timm_models("""
     test_convnext test_convnext2 *test_convnext3 convnext_atto convnext_atto_ols *convnextv2_atto convnext_atto_rms
-    focalnet_tiny_srf *poolformer_s12 poolformerv2_s12 convformer_s18 caformer_s18 test_mambaout
+    focalnet_tiny_srf *poolformer_s12 poolformerv2_s12 *convformer_s18 *caformer_s18 test_mambaout
 """)
 timm_models("*inception_next_atto mambaout_femto", depths=(1, 1, 1, 1))
-timm_models("mixer_s32_224 gmixer_12_224 *gmlp_ti16_224 *resmlp_12_224", img_size=64)
+timm_models("*mixer_s32_224 gmixer_12_224 *gmlp_ti16_224 *resmlp_12_224", img_size=64)
 timm_models("sequencer2d_s", img_size=64, layers=(1, 1, 1, 1))
 timm_models("efficientvim_m1", depths=(1, 1, 1))
 # Attention over the whole image.
@@ -148,13 +148,13 @@ timm_models("swin_tiny_patch4_window7_224 swin_s3_tiny_224", img_size=64, depths
 timm_models("swinv2_tiny_window8_256 *swinv2_cr_tiny_ns_224", img_size=64, depths=(2, 1, 1, 1))
 timm_models("*twins_pcpvt_small twins_svt_small", img_size=64, depths=(1, 1, 2, 1))
 timm_models("nest_tiny gcvit_xxtiny hiera_tiny_224 mvitv2_tiny mvitv2_small_cls", img_size=64)
-timm_models("pvt_v2_b0 pvt_v2_b2_li davit_tiny tiny_vit_5m_224", depths=(1, 1, 1, 1))
-timm_models("maxvit_nano_rw_256 maxvit_rmlp_pico_rw_256", 256)
-timm_models("coatnet_nano_rw_224 coatnet_rmlp_nano_rw_224 coatnext_nano_rw_224 coatnet_nano_cc_224", 224)
+timm_models("pvt_v2_b0 pvt_v2_b2_li *davit_tiny tiny_vit_5m_224", depths=(1, 1, 1, 1))
+timm_models("*maxvit_nano_rw_256 maxvit_rmlp_pico_rw_256", 256)
+timm_models("*coatnet_nano_rw_224 coatnet_rmlp_nano_rw_224 coatnext_nano_rw_224 coatnet_nano_cc_224", 224)
 timm_models("maxvit_tiny_tf_224 vitamin_small_224", 224)
 timm_models("sam2_hiera_tiny")
 # Light attention, and attention over neighbourhoods.
-timm_models("levit_128s levit_conv_128s efficientvit_m0", img_size=64)
+timm_models("*levit_128s levit_conv_128s efficientvit_m0", img_size=64)
 timm_models("*efficientformer_l1", 224, depths=(1, 1, 2, 1))
 timm_models("efficientformerv2_s0", img_size=64, depths=(1, 1, 2, 1))
 timm_models("*edgenext_xx_small efficientvit_b0", depths=(1, 1, 1, 1))
