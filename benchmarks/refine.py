@@ -26,8 +26,10 @@ from benchmarks.common import RESULTS, Pair, load_pair, markdown, percent, write
 from datafree.evaluate import Evaluation
 from datafree.images import load_images
 from datafree.proxy import ProxySpec, build_proxies
+from datafree.recipe import FreshSpec
 from datafree.references import build_model
 from datafree.seeds import derive_seed
+from datafree.stages.refining import fresh_images
 from datafree.store import cache_folder
 from pleas.refine import RefineSettings, refine
 from pleas.refine.distil import Objective, heads_of
@@ -48,6 +50,7 @@ SEARCH: dict[str, dict[str, Any]] = {
     "temperature 2": {"temperature": 2.0},
     "joint cross-entropy": {"joint_weight": 0.5},
     "new batches at every step": {"views": 0},
+    "new images three times": {"renewals": 3},
     "batches of 128, half the steps": {"batch": 128, "views": 128},
     "batches of 32, twice the steps": {"batch": 32, "views": 512},
 }
@@ -151,6 +154,8 @@ class Case:
 
     def refine(self, start: nn.Module, settings: RefineSettings, images: Tensor | None = None) -> Row:
         """Refine `start` and say how it went; the network is under "module"."""
+        fresh = FreshSpec(rounds=max(1, settings.renewals))
+        a, b = self.pair.a, self.pair.b
         result = refine(
             start,
             self.pair.a.module,
@@ -159,6 +164,7 @@ class Case:
             replace(settings, seed=derive_seed(self.seed, "refine")),
             normalise=self.pair.a.preprocess,
             heads=self.pair.recipe.recipe.labels,
+            renew=fresh_images(self.pair.recipe, a, b, a.preprocess, fresh, self.seed, self.pair.device),
             device=self.pair.device,
         )
         return {

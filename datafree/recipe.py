@@ -29,6 +29,7 @@ from datafree.evaluate import TaskSpec
 from datafree.images import ImageSpec
 from datafree.models import ParentSpec
 from datafree.proxy import ProxySpec
+from datafree.proxy.inversion import InversionSpec
 from datafree.spec import Spec
 from datafree.yaml_source import Key, Source
 
@@ -126,9 +127,23 @@ class OracleSpec(Spec):
     images: ImageSpec
 
 
+class FreshSpec(Spec):
+    """New proxies while refining: inverted images on which the network and its parents disagree.
+
+    rounds: how often, evenly over the run    count: images of a round
+    weight: of the disagreement beside the inversion's own loss
+    """
+
+    rounds: int = Field(default=3, ge=1)
+    count: int = Field(default=256, ge=1)
+    weight: float = Field(default=1.0, gt=0)
+
+
 class RefineSpec(Spec):
     """A short distillation of both parents into every merged network, on the proxies alone; its keys are those of
     `pleas.refine.RefineSettings`. Give `steps`, or `minutes` per network.
+
+    fresh: new proxies while training, for recipes with a source of kind: inversion; they count as proxies of that kind
     """
 
     steps: int | None = Field(default=None, ge=1)
@@ -146,6 +161,7 @@ class RefineSpec(Spec):
     mix: float = Field(default=0.0, ge=0, le=1)
     holdout: float = Field(default=0.1, gt=0, le=0.5)
     patience: int | None = Field(default=None, ge=1)
+    fresh: FreshSpec | None = None
 
     @model_validator(mode="after")
     def _steps_or_minutes(self) -> RefineSpec:
@@ -181,6 +197,16 @@ class Recipe(Spec):
                 "with a letter or digit"
             )
         return name
+
+    @model_validator(mode="after")
+    def _fresh_from_somewhere(self) -> Recipe:
+        fresh = self.refine is not None and self.refine.fresh is not None
+        if fresh and not any(isinstance(source, InversionSpec) for source in self.proxy.sources):
+            raise ValueError(
+                "refine.fresh looks for new images by inversion, and proxy.sources has no kind: inversion: add such a "
+                "source, or remove refine.fresh"
+            )
+        return self
 
     def fingerprint(self) -> str:
         """SHA-256 of every key that can change a number: all of them but `folder`, which only says where

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from datafree.errors import RunError, UsageError
-from datafree.preprocess import match_channels
+from datafree.preprocess import Preprocess, match_channels
 from datafree.proxy.procedural import Mix, paint
 from datafree.proxy.source import SHARD, Request, Shard, Source, SourceSpec, register
 
@@ -130,9 +130,7 @@ class _Target:
 
     def pixels_in(self, pixels: Tensor) -> Tensor:
         """This parent's input for pixels in [0, 1], (n, channels, height, width)."""
-        mean = torch.tensor(self.parent.preprocess.mean, device=pixels.device).view(-1, 1, 1)
-        std = torch.tensor(self.parent.preprocess.std, device=pixels.device).view(-1, 1, 1)
-        return (pixels - mean) / std
+        return _normalised(pixels, self.parent.preprocess)
 
     def loss(self, pixels: Tensor, first: int = 0) -> Tensor:
         """What is minimised besides smoothness, a scalar: L_BN, or the cross-entropy where no layer is matched."""
@@ -141,15 +139,54 @@ class _Target:
 
     def losses(self, pixels: Tensor, first: int = 0) -> tuple[Tensor, Tensor]:
         """L_BN, and the cross-entropy to classes dealt in turn, from image number `first` on."""
+        statistics, classes, _ = self.answers(pixels, first)
+        return statistics, classes
+
+    def answers(self, pixels: Tensor, first: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """Both losses, and the logits, (n, outputs)."""
         with _listening(self.layers) as terms:
             logits = self.parent.module(self.pixels_in(pixels))
         labels = torch.arange(first, first + len(pixels), device=logits.device) % logits.shape[1]
         classes = functional.cross_entropy(logits, labels, label_smoothing=_SMOOTHING)
-        return torch.stack(terms).mean() if terms else classes.new_zeros(()), classes
+        return torch.stack(terms).mean() if terms else classes.new_zeros(()), classes, logits
+
+
+@dataclass(frozen=True)
+class Opponent:
+    """A network that should answer as the parents do, and images are looked for on which it does not.
+
+    This is the competition of DeepInversion (arXiv 1912.08795, equation 9).
+
+    network, preprocess: what it computes, and of what    columns: of its output, for each parent by name
+    weight: of the disagreement, which is between 0 and log 2, beside the parents' own loss
+    """
+
+    network: nn.Module
+    preprocess: Preprocess
+    columns: Mapping[str, slice]
+    weight: float
+
+    def disagreement(self, pixels: Tensor, parent: str, logits: Tensor) -> Tensor:
+        """Mean Jensen-Shannon divergence of its predictions and the parent's; pixels in [0, 1]."""
+        output = self.network(_normalised(pixels, self.preprocess))[:, self.columns[parent]]
+        ours, theirs = (functional.log_softmax(x.float(), 1) for x in (output, logits))
+        middle = torch.logaddexp(ours, theirs) - math.log(2)
+        both = [functional.kl_div(middle, x, reduction="batchmean", log_target=True) for x in (ours, theirs)]
+        return (both[0] + both[1]) / 2
+
+
+def images_in_dispute(spec: InversionSpec, request: Request, opponent: Opponent, count: int) -> Tensor:
+    """Inverted images on which `opponent` and the parents disagree, uint8 (count, channels, height, width)."""
+    source = spec.bind(request)
+    assert isinstance(source, _Inversion)
+    source.opponent = opponent
+    shards = [source.shard(index).images for index in range(-(-count // SHARD))]
+    return torch.cat(shards)[:count]
 
 
 class _Inversion:
     def __init__(self, spec: InversionSpec, request: Request, targets: Sequence[_Target]) -> None:
+        self.opponent: Opponent | None = None
         self._spec = spec
         self._request = request
         self._targets = targets
@@ -262,13 +299,17 @@ class _Inversion:
             with torch.enable_grad():
                 seen = _shifted(pixels, reach, spec.flip, generator)
                 with torch.autocast(pixels.device.type, torch.bfloat16, enabled=half):
-                    found = [target.losses(seen, number) for target in targets]
-                fits, classes = (torch.stack(terms).float().sum() for terms in zip(*found, strict=True))
+                    found = [target.answers(seen, number) for target in targets]
+                fits, classes = (torch.stack([x[i] for x in found]).float().sum() for i in (0, 1))
                 if spec.loss == "classes":
                     fits = classes
                 loss = fits + spec.smooth * total_variation(pixels)
                 if spec.class_weight:
                     loss = loss + spec.class_weight * classes
+                if self.opponent is not None:
+                    for target, (_, _, logits) in zip(targets, found, strict=True):
+                        dispute = self.opponent.disagreement(seen, target.parent.name, logits)
+                        loss = loss - self.opponent.weight * dispute
             if spec.enough is not None and fits <= spec.enough * len(targets):
                 break
             (pixels.grad,) = torch.autograd.grad(loss, [pixels])
@@ -281,6 +322,14 @@ class _Inversion:
             with torch.no_grad():
                 pixels.clamp_(0, 1)
         return pixels.detach()
+
+
+def _normalised(pixels: Tensor, preprocess: Preprocess) -> Tensor:
+    """A network's input for pixels in [0, 1], (n, channels, height, width)."""
+    mean, std = (
+        torch.tensor(x, device=pixels.device).view(-1, 1, 1) for x in (preprocess.mean, preprocess.std)
+    )
+    return (pixels - mean) / std
 
 
 def _half(size: tuple[int, int]) -> tuple[int, int]:

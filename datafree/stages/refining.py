@@ -8,17 +8,23 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import pleas
+from datafree.evaluate import merged_columns
+from datafree.models import Parent
+from datafree.preprocess import Preprocess
 from datafree.proxy import ProxySet
-from datafree.recipe import RefineSpec
+from datafree.proxy.build import common_input
+from datafree.proxy.inversion import InversionSpec, Opponent, images_in_dispute
+from datafree.proxy.source import Request
+from datafree.recipe import FreshSpec, RecipeFile, RefineSpec
 from datafree.seeds import derive_seed
 from datafree.stages.merging import Merged
 from datafree.stages.parents import Parents
 from datafree.stages.work import Work
 from datafree.store import Stage, content_hash
-from pleas.refine import RefineResult, RefineSettings, refine
+from pleas.refine import RefineResult, RefineSettings, Renew, refine
 
 EXACT = 1e-9  # mean relative residual of layers that do all their parents do
 
@@ -51,18 +57,46 @@ def _left(work: Work, one: Merged) -> Merged:
 
 
 def _settings(work: Work, spec: RefineSpec) -> RefineSettings:
-    return RefineSettings(**spec.model_dump(), seed=derive_seed(work.seed, "refine"))
+    chosen = spec.model_dump(exclude={"fresh"})
+    rounds = 0 if spec.fresh is None else spec.fresh.rounds
+    return RefineSettings(**chosen, renewals=rounds, seed=derive_seed(work.seed, "refine"))
+
+
+def fresh_images(
+    recipe: RecipeFile,
+    a: Parent,
+    b: Parent,
+    merged_input: Preprocess,
+    fresh: FreshSpec,
+    seed: int,
+    device: torch.device,
+) -> Renew:
+    """What makes new proxies for a network in training: a pure function of its weights and the round."""
+    spec = next(source for source in recipe.recipe.proxy.sources if isinstance(source, InversionSpec))
+    columns = merged_columns(recipe.recipe.labels, a.outputs, b.outputs)
+    size, channels = common_input([a, b])
+
+    def renew(network: nn.Module, number: int) -> Tensor:
+        seeded = derive_seed(seed, "refine", "fresh", str(number))
+        request = Request([a, b], size, channels, seeded, recipe.base, device)
+        opponent = Opponent(network, merged_input, columns, fresh.weight)
+        return images_in_dispute(spec, request, opponent, fresh.count)
+
+    return renew
 
 
 def _refine_one(
     work: Work, parents: Parents, proxies: ProxySet, images: Tensor, one: Merged, settings: RefineSettings
 ) -> Merged:
+    assert work.recipe.recipe.refine is not None
+    fresh = work.recipe.recipe.refine.fresh
     meaning = {
         "parents": parents.fingerprint,
         "images": proxies.fingerprint,
         "start": content_hash(one.result.module.state_dict()),
         "network": pleas.program_config(one.result.module),
         "settings": asdict(settings),
+        "fresh": None if fresh is None else fresh.model_dump(),
         "labels": work.recipe.recipe.labels,
         "device": work.device.type,
         "torch": torch.__version__,
@@ -90,6 +124,11 @@ def _run(
     meaning: Mapping[str, Any],
 ) -> RefineResult:
     kept = work.kept("refining", meaning)
+    spec, renew = work.recipe.recipe.refine, None
+    if spec is not None and spec.fresh is not None:
+        renew = fresh_images(
+            work.recipe, parents.a, parents.b, parents.input, spec.fresh, work.seed, work.device
+        )
     return refine(
         one.result.module,
         parents.a.module,
@@ -100,6 +139,7 @@ def _run(
         normalise_a=parents.a.preprocess,
         normalise_b=parents.b.preprocess,
         heads=work.recipe.recipe.labels,
+        renew=renew,
         device=work.device,
         state=None if kept is None else _joined(kept.value, kept.tensors),
         checkpoint=lambda state: work.keep("refining", meaning, *_parted(state)),

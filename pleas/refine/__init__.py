@@ -2,7 +2,16 @@
 
 from pleas.refine.distil import Evidence
 from pleas.refine.settings import RefineSettings
-from pleas.refine.training import Check, RefineResult, refine
+from pleas.refine.training import Check, RefineResult, Renew, refine
 from pleas.refine.views import Augment, shift_and_flip
 
-__all__ = ["Augment", "Check", "Evidence", "RefineResult", "RefineSettings", "refine", "shift_and_flip"]
+__all__ = [
+    "Augment",
+    "Check",
+    "Evidence",
+    "RefineResult",
+    "RefineSettings",
+    "Renew",
+    "refine",
+    "shift_and_flip",
+]

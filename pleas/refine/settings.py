@@ -30,6 +30,8 @@ class RefineSettings:
                   answer each of them once; 0: a new batch every step
     mix:          share of a batch whose images are blended with others, so that the network learns what lies
                   between the images of one parent and of the other
+    renewals:     how often, evenly over the run, new images are asked for (`refine(renew=...)`), to be trained on
+                  beside those there are
     holdout:      share of the images never trained on, on which the result is judged
     checks:       how often it is judged, and the state handed to `checkpoint`
     patience:     checks without a better result after which the run ends early; None: it never does
@@ -50,6 +52,7 @@ class RefineSettings:
     batch_statistics: bool = True
     views: int = 256
     mix: float = 0.0
+    renewals: int = 0
     holdout: float = 0.1
     checks: int = 20
     patience: int | None = None
@@ -68,7 +71,7 @@ class RefineSettings:
             raise InputError(
                 f"minutes = {self.minutes:g}: must be above 0; to refine nothing, leave the stage out"
             )
-        for name, low in (("batch", 1), ("checks", 1), ("retries", 0), ("views", 0)):
+        for name, low in (("batch", 1), ("checks", 1), ("retries", 0), ("views", 0), ("renewals", 0)):
             if getattr(self, name) < low:
                 raise InputError(f"{name} = {getattr(self, name)}: must be at least {low}")
         if self.patience is not None and self.patience < 1:

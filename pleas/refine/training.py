@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -25,8 +25,9 @@ from pleas.refine.settings import RefineSettings
 from pleas.refine.views import Augment, Batches, shift_and_flip, split_off
 
 Progress = Callable[[str, int, int], None]
+Renew = Callable[[nn.Module, int], Tensor]
 
-FORMAT = 1
+FORMAT = 2
 MIN_HELD_OUT = 16
 DIVERGED = 3.0  # a held-out loss this many times the start's and that of a network blind to its input
 _AT_ONCE = 256  # images judged in one forward pass
@@ -76,6 +77,7 @@ def refine(
     normalise_b: Normalise | None = None,
     heads: Literal["shared", "separate"] = "shared",
     augment: Augment | None = shift_and_flip,
+    renew: Renew | None = None,
     device: torch.device | str = "cpu",
     state: State | None = None,
     checkpoint: Callable[[State], None] | None = None,
@@ -88,12 +90,18 @@ def refine(
     heads:       "shared": `module` gives (N, K), its target is the mean of the parents' logits;
                  "separate": it gives (N, K_a + K_b)
     augment:     (uint8 images, generator) -> uint8 images; None trains on the images as they are
+    renew:       (the network as it is, number of the renewal from 1 on) -> new images, uint8 (N, C, H, W), for
+                 settings.renewals; a pure function, so that a resumed run gets the same
     state:       what `checkpoint` was given last by a run that was interrupted: the run goes on from there,
                  and on a CPU ends with the same bits as one that was not
     progress:    called with (what there is to say, done, total), in steps, or seconds with settings.minutes
     The given modules are not changed. Raises InputError for unusable images or settings, NonFinite where a
     network returns NaN.
     """
+    if settings.renewals and renew is None:
+        raise InputError(
+            f"renewals = {settings.renewals} asks for new images, but nothing makes them: give `renew`"
+        )
     device = torch.device(device)
     train, held = _divided(images, settings)
     parents = Parents(
@@ -112,7 +120,7 @@ def refine(
         )
     batches = Batches(train, settings.batch, settings.seed, augment, settings.views, settings.mix)
     lesson = _Lesson(batches, parents, judge.objective, normalise, settings, device)
-    run = _Run(learner, lesson, judge, start, progress)
+    run = _Run(learner, lesson, judge, start, renew, progress)
     identity = {**asdict(settings), "images": list(images.shape), "heads": heads}
     if state is not None:
         _check_state(state, identity)
@@ -225,6 +233,23 @@ class _Lesson:
     settings: RefineSettings
     device: torch.device
     _known: dict[int, Tensor] = field(default_factory=dict)  # answers to batches that come round again
+    renewed: list[Tensor] = field(default_factory=list)
+    _first: Batches | None = None
+
+    def renew(self, images: Tensor) -> None:
+        """Show these images, too, from the next step on."""
+        self._first = self._first or self.batches
+        self.renewed.append(images)
+        self.batches = self.batches.joined_by(images, len(self.renewed))
+        self._known.clear()
+
+    def go_back(self, renewed: Sequence[Tensor]) -> None:
+        """Show the images of the start and these renewals."""
+        self.batches = self._first or self.batches
+        self.renewed.clear()
+        self._known.clear()
+        for images in renewed:
+            self.renew(images)
 
     def loss(self, network: nn.Module, step: int) -> Tensor:
         number = self.batches.number(step)
@@ -245,9 +270,16 @@ class _Run:
     """From the first step to the last, with a check now and then."""
 
     def __init__(
-        self, learner: Learner, lesson: _Lesson, judge: _Judge, start: Evidence, progress: Progress | None
+        self,
+        learner: Learner,
+        lesson: _Lesson,
+        judge: _Judge,
+        start: Evidence,
+        renew: Renew | None,
+        progress: Progress | None,
     ) -> None:
         self._learner, self._lesson, self._judge, self._progress = learner, lesson, judge, progress
+        self._renew = renew
         self._settings = learner.settings
         self._start = self.best = start
         self.best_weights = learner.averaged()
@@ -274,6 +306,7 @@ class _Run:
         safe = self.state()
         while self._learner.step == 0 or (self.done < 1 and not self._patience_is_over()):
             try:
+                self._renew_if_due()
                 self._step()
                 if self.done >= 1 or math.floor(self.done * self._settings.checks) > self._checks:
                     self._check()
@@ -282,6 +315,19 @@ class _Run:
             except Diverged as reason:
                 if not self._go_back(safe, reason):
                     return
+
+    def _renew_if_due(self) -> None:
+        wanted, lesson = self._settings.renewals, self._lesson
+        due = min(wanted, math.floor(self.done * (wanted + 1)))
+        while self._renew is not None and len(lesson.renewed) < due:
+            number = len(lesson.renewed) + 1
+            images = self._renew(self._learner.average, number)
+            if images.dtype != torch.uint8 or images.shape[1:] != lesson.batches.shape:
+                raise InputError(
+                    f"renewal {number} gave {images.dtype} {tuple(images.shape)}: uint8 images of shape "
+                    f"{tuple(lesson.batches.shape)} are needed, like those there are"
+                )
+            lesson.renew(images)
 
     def _step(self) -> None:
         began = time.perf_counter()
@@ -355,6 +401,7 @@ class _Run:
             "best_weights": dict(self.best_weights),
             "history": [asdict(check) for check in self.history],
             "notes": list(self.notes),
+            "renewed": list(self._lesson.renewed),
             "setbacks": self._setbacks,
             "checks": self._checks,
             "seconds": self.seconds,
@@ -368,6 +415,7 @@ class _Run:
             Check(**{**check, "evidence": Evidence(**check["evidence"])}) for check in state["history"]
         ]
         self.notes = list(state["notes"])
+        self._lesson.go_back(state["renewed"])
         self._setbacks, self._checks = state["setbacks"], state["checks"]
         self._before, self._since = state["seconds"], time.perf_counter()
         self._losses.clear()

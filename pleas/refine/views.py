@@ -34,6 +34,18 @@ class Batches:
         self._augment, self._views, self._mix = augment, views, mix
         self._orders: dict[tuple[str, int], Tensor] = {}
 
+    def joined_by(self, images: Tensor, renewal: int) -> Batches:
+        """Other batches, of these images and the new ones. renewal: which it is, from 1 on."""
+        seed = generator_for(self._seed, "renewal", renewal).initial_seed()
+        return Batches(
+            torch.cat([self._images, images]), self._size, seed, self._augment, self._views, self._mix
+        )
+
+    @property
+    def shape(self) -> torch.Size:
+        """Of one image."""
+        return self._images.shape[1:]
+
     def number(self, step: int) -> int:
         """Which batch belongs to `step`; of a limited number of views, each comes once before any again."""
         if not self._views:

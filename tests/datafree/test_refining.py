@@ -97,4 +97,21 @@ def test_a_network_that_is_its_parents_already_is_left_as_it_is(tiny: Tiny, tmp_
 
 
 def test_a_recipe_and_the_library_have_the_same_defaults() -> None:
-    assert RefineSettings(**RefineSpec().model_dump()) == RefineSettings()
+    assert RefineSettings(**RefineSpec().model_dump(exclude={"fresh"})) == RefineSettings()
+
+
+def test_new_proxies_are_looked_for_while_refining(tiny: Tiny, tmp_path: Path) -> None:
+    fresh = (
+        "merge.budgets=[1.0]",
+        "proxy.sources=[{kind: inversion, steps: 2}]",
+        "refine.fresh={rounds: 2, count: 16}",
+    )
+    with_new = run(tiny.load(*REFINE, *fresh), tmp_path / "new")
+    without = run(tiny.load(*REFINE, *fresh[:2]), tmp_path / "plain")
+    states = [one.merged[0].result.module.state_dict() for one in (with_new, without)]
+    assert any(not torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
+def test_new_proxies_need_a_source_that_inverts(tiny: Tiny) -> None:
+    with pytest.raises(Exception, match=r"refine\.fresh looks for new images by inversion"):
+        load_recipe(tiny.recipe, ("refine.steps=6", "refine.fresh={}", "proxy.sources=[{kind: noise}]"))

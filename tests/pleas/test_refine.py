@@ -164,6 +164,44 @@ def test_resumed_equals_uninterrupted_bit_for_bit(views: int) -> None:
         assert resumed.steps == 30
 
 
+def bright(network: nn.Module, number: int) -> Tensor:
+    """New images that depend on the network and the renewal, and on nothing else."""
+    with torch.no_grad():
+        shade = float(network(normalise(proxies(8))).std())
+    return (proxies(16).float() * (0.5 + 0.1 * number) + 10 * shade).clamp(0, 255).to(torch.uint8)
+
+
+def test_new_images_are_asked_for_evenly_and_trained_on() -> None:
+    settings, asked = replace(SHORT, renewals=2), []
+
+    def renew(network: nn.Module, number: int) -> Tensor:
+        assert not network.training
+        asked.append(number)
+        return bright(network, number)
+
+    renewed, plain = run(settings=settings, renew=renew), run()
+    assert asked == [1, 2]
+    assert [c.evidence for c in renewed.history[:2]] == [c.evidence for c in plain.history[:2]], "not before"
+    assert not same(renewed.module, plain.module)
+
+
+def test_a_run_with_new_images_resumes_bit_for_bit() -> None:
+    settings, states = replace(SHORT, renewals=2), []
+    whole = run(settings=settings, renew=bright, checkpoint=states.append)
+    assert [len(state["renewed"]) for state in states] == [0, 1, 1, 2, 2]
+    for state in states:
+        resumed = run(settings=settings, renew=bright, state=copy.deepcopy(state))
+        assert same(resumed.module, whole.module)
+
+
+def test_new_images_of_another_kind_are_refused() -> None:
+    settings = replace(SHORT, renewals=1)
+    with pytest.raises(InputError, match=r"renewal 1 gave torch\.uint8 \(4, 3, 9, 9\)"):
+        run(settings=settings, renew=lambda network, number: torch.zeros(4, 3, 9, 9, dtype=torch.uint8))
+    with pytest.raises(InputError, match="nothing makes them: give `renew`"):
+        run(settings=settings)
+
+
 def test_state_is_plain_data_that_torch_loads_without_code(tmp_path: Any) -> None:
     states: list[Any] = []
 
@@ -186,7 +224,7 @@ def test_a_state_of_another_run_is_refused() -> None:
         InputError, match=r"belongs to another run \(rate was 0\.003 and is 0\.001; seed was 0 and is 1\)"
     ):
         run(settings=replace(SHORT, rate=1e-3, seed=1), state=states[0])
-    with pytest.raises(InputError, match=r"format 0, this version reads 1: refine afresh"):
+    with pytest.raises(InputError, match=r"format 0, this version reads 2: refine afresh"):
         run(state={**states[0], "format": 0})
 
 

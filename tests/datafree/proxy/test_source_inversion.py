@@ -15,7 +15,15 @@ from torch.nn import functional
 from datafree.errors import RunError, UsageError
 from datafree.models import Parent
 from datafree.proxy import InversionSpec, ProxySet, Request
-from datafree.proxy.inversion import _Inversion, _StatisticsLoss, _Target, schedule, total_variation
+from datafree.proxy.inversion import (
+    Opponent,
+    _Inversion,
+    _StatisticsLoss,
+    _Target,
+    images_in_dispute,
+    schedule,
+    total_variation,
+)
 
 Build = Callable[..., ProxySet]
 MakeParent = Callable[..., Parent]
@@ -310,3 +318,32 @@ def test_half_precision_fits_the_statistics_on_a_gpu(build: Build) -> None:
         for half in (False, True)
     )
     assert all(half[name] < 1.5 * exact[name] for name in exact)
+
+
+def test_disagreement_is_the_jensen_shannon_divergence(parents: tuple[Parent, Parent]) -> None:
+    a, b = parents
+    opponent = Opponent(b.module, b.preprocess, {"a": slice(0, b.outputs)}, 1.0)
+    pixels = torch.rand(6, *a.preprocess.shape, generator=torch.Generator().manual_seed(1))
+    logits = a.module((pixels - 0.5) / 0.25).detach()
+    p, q = functional.softmax(logits, 1), functional.softmax(b.module((pixels - 0.5) / 0.25).detach(), 1)
+    middle = (p + q) / 2
+    expected = ((p * (p / middle).log()).sum(1) + (q * (q / middle).log()).sum(1)).mean() / 2
+    assert float(opponent.disagreement(pixels, "a", logits)) == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_networks_disagree_more_on_images_sought_for_that(
+    parents: tuple[Parent, Parent], tmp_path: Path
+) -> None:
+    a, b = parents
+    columns = {"a": slice(0, a.outputs), "b": slice(0, b.outputs)}
+    size = (a.preprocess.size[0], a.preprocess.size[1])
+    request = Request(parents, size, a.preprocess.channels, 3, tmp_path, torch.device("cpu"))
+    found = []
+    for weight in (1e-6, 30.0):
+        opponent = Opponent(b.module, b.preprocess, columns, weight)
+        images = images_in_dispute(InversionSpec(steps=20), request, opponent, 64)
+        assert images.shape == (64, *a.preprocess.shape)
+        pixels = images[0::2].float() / 255  # those of parent a
+        logits = a.module((pixels - 0.5) / 0.25)
+        found.append(float(opponent.disagreement(pixels, "a", logits).detach()))
+    assert found[1] > 1.5 * found[0]
