@@ -31,7 +31,7 @@ from datafree.references import build_model
 from datafree.seeds import derive_seed
 from datafree.stages.refining import fresh_images
 from datafree.store import cache_folder
-from pleas.refine import RefineSettings, refine
+from pleas.refine import Features, RefineSettings, refine
 from pleas.refine.distil import Objective, heads_of
 from pleas.refine.views import split_off
 from pleas.symmetry import identity
@@ -51,6 +51,7 @@ SEARCH: dict[str, dict[str, Any]] = {
     "joint cross-entropy": {"joint_weight": 0.5},
     "new batches at every step": {"views": 0},
     "new images three times": {"renewals": 3},
+    "inner activations matched": {"feature_weight": 0.1},
     "batches of 128, half the steps": {"batch": 128, "views": 128},
     "batches of 32, twice the steps": {"batch": 32, "views": 512},
 }
@@ -107,6 +108,18 @@ class Case:
         modules = self.pair.a.module, self.pair.b.module
         return pleas.fusing_costs(self.symmetry, self.statistics, self.matching, *modules)
 
+    def plan(self, budget: float) -> pleas.Plan:
+        return pleas.make_plan(
+            self.symmetry,
+            self.statistics,
+            self.matching,
+            self.pair.a.module,
+            self.pair.b.module,
+            self.settings,
+            budget=budget,
+            costs=self.costs,
+        )
+
     def merge(
         self,
         budget: float,
@@ -117,21 +130,11 @@ class Case:
     ) -> nn.Module:
         """The merged network at a budget; with other networks, matching or no least squares, another start."""
         a, b = a or self.pair.a.module, b or self.pair.b.module
-        plan = pleas.make_plan(
-            self.symmetry,
-            self.statistics,
-            self.matching,
-            self.pair.a.module,
-            self.pair.b.module,
-            self.settings,
-            budget=budget,
-            costs=self.costs,
-        )
         return pleas.assemble(
             self.symmetry,
             self.statistics,
             matching or self.matching,
-            plan,
+            self.plan(budget),
             a,
             b,
             self.settings,
@@ -154,8 +157,11 @@ class Case:
 
     def refine(self, start: nn.Module, settings: RefineSettings, images: Tensor | None = None) -> Row:
         """Refine `start` and say how it went; the network is under "module"."""
-        fresh = FreshSpec(rounds=max(1, settings.renewals))
         a, b = self.pair.a, self.pair.b
+        fresh = FreshSpec(rounds=max(1, settings.renewals))
+        features = None
+        if settings.feature_weight:  # of starts at 1.0x
+            features = Features(self.symmetry, self.matching, self.plan(1.0), a.module, b.module)
         result = refine(
             start,
             self.pair.a.module,
@@ -165,6 +171,7 @@ class Case:
             normalise=self.pair.a.preprocess,
             heads=self.pair.recipe.recipe.labels,
             renew=fresh_images(self.pair.recipe, a, b, a.preprocess, fresh, self.seed, self.pair.device),
+            features=features,
             device=self.pair.device,
         )
         return {

@@ -154,6 +154,7 @@ class RefineSpec(Spec):
     temperature: float = Field(default=1.0, gt=0)
     logit_weight: float = Field(default=0.1, ge=0)
     joint_weight: float = Field(default=0.0, ge=0)
+    feature_weight: float = Field(default=0.0, ge=0)
     clip: float = Field(default=1.0, gt=0)
     average: float = Field(default=0.99, ge=0, lt=1)
     batch_statistics: bool = True

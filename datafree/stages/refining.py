@@ -24,7 +24,7 @@ from datafree.stages.merging import Merged
 from datafree.stages.parents import Parents
 from datafree.stages.work import Work
 from datafree.store import Stage, content_hash
-from pleas.refine import RefineResult, RefineSettings, Renew, refine
+from pleas.refine import Features, RefineResult, RefineSettings, Renew, refine
 
 EXACT = 1e-9  # mean relative residual of layers that do all their parents do
 
@@ -123,6 +123,10 @@ def _run(
     settings: RefineSettings,
     meaning: Mapping[str, Any],
 ) -> RefineResult:
+    features = None
+    if settings.feature_weight:
+        result = one.result
+        features = Features(result.symmetry, result.matching, result.plan, parents.a.module, parents.b.module)
     kept = work.kept("refining", meaning)
     spec, renew = work.recipe.recipe.refine, None
     if spec is not None and spec.fresh is not None:
@@ -140,6 +144,7 @@ def _run(
         normalise_b=parents.b.preprocess,
         heads=work.recipe.recipe.labels,
         renew=renew,
+        features=features,
         device=work.device,
         state=None if kept is None else _joined(kept.value, kept.tensors),
         checkpoint=lambda state: work.keep("refining", meaning, *_parted(state)),

@@ -1,6 +1,7 @@
 """Refine: a short distillation of both parents into the merged network, on proxy images only."""
 
 from pleas.refine.distil import Evidence
+from pleas.refine.features import Features
 from pleas.refine.settings import RefineSettings
 from pleas.refine.training import Check, RefineResult, Renew, refine
 from pleas.refine.views import Augment, shift_and_flip
@@ -9,6 +10,7 @@ __all__ = [
     "Augment",
     "Check",
     "Evidence",
+    "Features",
     "RefineResult",
     "RefineSettings",
     "Renew",

@@ -56,7 +56,14 @@ class Parents:
 
     def __call__(self, images: Tensor) -> Tensor:
         """uint8 (N, C, H, W) -> float32 (N, K) or (N, K_a + K_b). Raises NonFinite, naming the parent."""
-        outputs = self.answers(images)
+        return self.together(self.answers(images))
+
+    def inputs(self, images: Tensor) -> list[Tensor]:
+        """What each parent sees of uint8 images."""
+        return [normalise(images) for _, _, normalise in self._parents]
+
+    def together(self, outputs: list[Tensor]) -> Tensor:
+        """One target of each parent's own outputs."""
         return (outputs[0] + outputs[1]) / 2 if self.shared else torch.cat(outputs, 1)
 
     def answers(self, images: Tensor) -> list[Tensor]:

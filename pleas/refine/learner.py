@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
+from pleas.layers import CONVOLUTION
+from pleas.module import BlockLayer
 from pleas.refine.norms import use_batch_statistics
 from pleas.refine.settings import RefineSettings
 
+VECTOR = 16  # numbers of single precision in the widest register, AVX-512's
 State = Mapping[str, Any]  # tensors, numbers and text in plain dicts and lists
 
 
@@ -28,7 +31,8 @@ class Learner:
     """
 
     def __init__(self, module: nn.Module, settings: RefineSettings, device: torch.device) -> None:
-        self.network = laid_out(copy.deepcopy(module).to(device)).eval().requires_grad_(True)
+        self.layout = training_layout(module, device)
+        self.network = laid_out(copy.deepcopy(module).to(device), self.layout).eval().requires_grad_(True)
         self.average = copy.deepcopy(self.network).requires_grad_(False)
         self.settings, self.step = settings, 0
         use_batch_statistics(self.network, settings.batch_statistics)
@@ -99,11 +103,41 @@ def _floating(module: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in named.items() if value.is_floating_point()}
 
 
-def laid_out(value: Any) -> Any:
-    """A network, or images (N, C, H, W), channels last: the fastest layout for convolutions."""
+def laid_out(value: Any, layout: torch.memory_format = torch.channels_last) -> Any:
+    """A network, or images (N, C, H, W), in this layout; channels last is the fastest for convolutions."""
     if isinstance(value, nn.Module):
-        return value.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return value.contiguous(memory_format=torch.channels_last) if value.dim() == 4 else value
+        return value.to(memory_format=layout)  # type: ignore[call-overload]
+    return value.contiguous(memory_format=layout) if value.dim() == 4 else value
+
+
+def training_layout(network: nn.Module, device: torch.device) -> torch.memory_format:
+    """Channels last, except where oneDNN would then write past its workspace and corrupt the heap.
+
+    That is the gradient of the weights of a strided 1x1 convolution that reads fewer inputs than a vector register
+    holds (oneDNN issue 6035), such as a narrow block of a shortcut that halves the image.
+    """
+    if device.type != "cpu":
+        return torch.channels_last
+    for weight, stride in _convolutions(network):
+        strided = all(side == 1 for side in weight.shape[2:]) and any(step > 1 for step in stride)
+        if weight.dim() == 4 and strided and weight.shape[1] < VECTOR:
+            return torch.contiguous_format
+    return torch.channels_last
+
+
+def _convolutions(network: nn.Module) -> Iterator[tuple[Tensor, Sequence[int]]]:
+    """Weight and stride of every convolution, whether a module, a block of one, or a node of a graph."""
+    for module in network.modules():
+        if isinstance(module, nn.modules.conv._ConvNd):
+            yield module.weight, module.stride
+        elif isinstance(module, BlockLayer) and module.geometry is not None:
+            for name in module.weight_names:
+                yield module.get_parameter(name), module.geometry["stride"]
+        elif isinstance(module, fx.GraphModule):
+            for node in module.graph.nodes:
+                weight = node.args[1] if node.target is CONVOLUTION else None
+                if isinstance(weight, fx.Node) and weight.op == "get_attr":
+                    yield module.get_parameter(str(weight.target)), node.args[3]
 
 
 def _copied(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -21,6 +21,8 @@ class RefineSettings:
     temperature:  both sides' logits are divided by it before the softmax
     logit_weight: weight of the mean squared error of the logits, beside the cross-entropy
     joint_weight: weight of the cross-entropy over the labels of both heads together (separate heads only)
+    feature_weight: weight of the relative squared error of inner activations on matched units
+                  (`refine(features=...)`)
     clip:         largest norm of the gradient over all weights
     average:      decay per step of the moving average of the weights, which is what is judged and kept;
                   0: none
@@ -47,6 +49,7 @@ class RefineSettings:
     temperature: float = 1.0
     logit_weight: float = 0.1
     joint_weight: float = 0.0
+    feature_weight: float = 0.0
     clip: float = 1.0
     average: float = 0.99
     batch_statistics: bool = True
@@ -81,7 +84,7 @@ class RefineSettings:
         for name in ("rate", "temperature", "clip"):
             if not getattr(self, name) > 0:
                 raise InputError(f"{name} = {getattr(self, name):g}: must be above 0")
-        for name in ("logit_weight", "joint_weight"):
+        for name in ("logit_weight", "joint_weight", "feature_weight"):
             if not getattr(self, name) >= 0:
                 raise InputError(f"{name} = {getattr(self, name):g}: must not be negative")
         for name in ("warmup", "average"):

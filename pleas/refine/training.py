@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from pleas.errors import InputError, NonFinite
 from pleas.refine.distil import TINY, Evidence, Normalise, Objective, Parents, heads_of, kind_of_outputs
+from pleas.refine.features import Features
 from pleas.refine.learner import Diverged, Learner, State, laid_out, schedule, with_weights
 from pleas.refine.settings import RefineSettings
 from pleas.refine.views import Augment, Batches, shift_and_flip, split_off
@@ -78,6 +79,7 @@ def refine(
     heads: Literal["shared", "separate"] = "shared",
     augment: Augment | None = shift_and_flip,
     renew: Renew | None = None,
+    features: Features | None = None,
     device: torch.device | str = "cpu",
     state: State | None = None,
     checkpoint: Callable[[State], None] | None = None,
@@ -92,6 +94,7 @@ def refine(
     augment:     (uint8 images, generator) -> uint8 images; None trains on the images as they are
     renew:       (the network as it is, number of the renewal from 1 on) -> new images, uint8 (N, C, H, W), for
                  settings.renewals; a pure function, so that a resumed run gets the same
+    features:    which inner activations are compared, for settings.feature_weight
     state:       what `checkpoint` was given last by a run that was interrupted: the run goes on from there,
                  and on a CPU ends with the same bits as one that was not
     progress:    called with (what there is to say, done, total), in steps, or seconds with settings.minutes
@@ -101,6 +104,10 @@ def refine(
     if settings.renewals and renew is None:
         raise InputError(
             f"renewals = {settings.renewals} asks for new images, but nothing makes them: give `renew`"
+        )
+    if settings.feature_weight and features is None:
+        raise InputError(
+            f"feature_weight = {settings.feature_weight:g} needs to know which units are matched: give `features`"
         )
     device = torch.device(device)
     train, held = _divided(images, settings)
@@ -119,7 +126,8 @@ def refine(
             "the merged network returns NaN or infinity on proxy images before any refining: see the merge"
         )
     batches = Batches(train, settings.batch, settings.seed, augment, settings.views, settings.mix)
-    lesson = _Lesson(batches, parents, judge.objective, normalise, settings, device)
+    listens = features.to(device) if features is not None and settings.feature_weight else None
+    lesson = _Lesson(batches, parents, judge.objective, normalise, settings, device, learner.layout, listens)
     run = _Run(learner, lesson, judge, start, renew, progress)
     identity = {**asdict(settings), "images": list(images.shape), "heads": heads}
     if state is not None:
@@ -232,6 +240,8 @@ class _Lesson:
     normalise: Normalise
     settings: RefineSettings
     device: torch.device
+    layout: torch.memory_format
+    features: Features | None = None
     _known: dict[int, Tensor] = field(default_factory=dict)  # answers to batches that come round again
     renewed: list[Tensor] = field(default_factory=list)
     _first: Batches | None = None
@@ -255,15 +265,23 @@ class _Lesson:
         number = self.batches.number(step)
         images = self.batches(number).to(self.device, non_blocking=True)
         target = self._known.get(number)
-        if target is None:
+        wanted: list[Tensor] = []
+        if self.features is not None:  # too large to be remembered
+            answers, wanted = self.features.targets(self.parents.inputs(images))
+            target = self.parents.together(answers)
+        elif target is None:
             target = self.parents(images)
             if self.settings.views:
                 self._known[number] = target
         half = self.settings.half and self.device.type == "cuda"
         with torch.enable_grad():
             with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
-                output = network(laid_out(self.normalise(images)))
-            return self.objective(output, target)
+                seen = laid_out(self.normalise(images), self.layout)
+                if self.features is None:
+                    return self.objective(network(seen), target)
+                output, found = self.features.run(network, seen)
+            near = self.features.distance(found, wanted)
+            return self.objective(output, target) + self.settings.feature_weight * near
 
 
 class _Run:

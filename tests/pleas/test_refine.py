@@ -17,8 +17,11 @@ from torch.nn import functional as F
 from pleas.errors import InputError, NonFinite
 from pleas.refine import Evidence, RefineResult, RefineSettings, refine, shift_and_flip
 from pleas.refine.distil import Objective, heads_of
+from pleas.refine.learner import training_layout
 from pleas.refine.views import Batches, blend, split_off
 from tests.cases import conv_bn, pooled_head, randomise
+from tests.pleas.test_merge import parents
+from tests.pleas.test_merge import run as merge_case
 
 SHORT = RefineSettings(steps=30, batch=16, rate=3e-3, checks=5, holdout=0.25)
 
@@ -477,3 +480,30 @@ def test_split_is_a_partition() -> None:
     assert len(held) == 10
     assert sorted([*train.tolist(), *held.tolist()]) == list(range(50))
     assert not torch.equal(held, split_off(50, 0.2, seed=2)[1])
+
+
+# what the hardware's library gets wrong ---------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("convolution", "safe"),
+    [
+        (nn.Conv2d(6, 8, 1, stride=2), False),
+        (nn.Conv2d(16, 8, 1, stride=2), True),
+        (nn.Conv2d(6, 8, 1), True),
+        (nn.Conv2d(6, 8, 3, stride=2), True),
+        (nn.Conv2d(32, 8, 1, stride=2, groups=4), False),
+    ],
+)
+def test_channels_last_is_left_where_it_corrupts_memory(convolution: nn.Module, safe: bool) -> None:
+    expected = torch.channels_last if safe else torch.contiguous_format
+    assert training_layout(nn.Sequential(convolution), torch.device("cpu")) == expected
+    assert training_layout(nn.Sequential(convolution), torch.device("cuda")) == torch.channels_last
+
+
+@pytest.mark.parametrize(("name", "safe"), [("residual", False), ("plain", True)])
+@pytest.mark.parametrize("apart", [0.0, 0.5])
+def test_blocks_and_graphs_are_looked_into_for_that(name: str, safe: bool, apart: float) -> None:
+    merged = merge_case(name, *parents(name), apart=apart).module
+    expected = torch.channels_last if safe else torch.contiguous_format
+    assert training_layout(merged, torch.device("cpu")) == expected
