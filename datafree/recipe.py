@@ -143,6 +143,7 @@ class RefineSpec(Spec):
     """A short distillation of both parents into every merged network, on the proxies alone; its keys are those of
     `pleas.refine.RefineSettings`. Give `steps`, or `minutes` per network.
 
+    augment: shift: moved a little and mirrored; light: kornia's crops, mirrors and colours, as for proxies; none
     fresh: new proxies while training, for recipes with a source of kind: inversion; they count as proxies of that kind
     """
 
@@ -162,6 +163,7 @@ class RefineSpec(Spec):
     mix: float = Field(default=0.0, ge=0, le=1)
     holdout: float = Field(default=0.1, gt=0, le=0.5)
     patience: int | None = Field(default=None, ge=1)
+    augment: Literal["shift", "light", "none"] = "shift"
     fresh: FreshSpec | None = None
 
     @model_validator(mode="after")

@@ -15,6 +15,7 @@ from datafree.evaluate import merged_columns
 from datafree.models import Parent
 from datafree.preprocess import Preprocess
 from datafree.proxy import ProxySet
+from datafree.proxy.augment import augment_lightly
 from datafree.proxy.build import common_input
 from datafree.proxy.inversion import InversionSpec, Opponent, images_in_dispute
 from datafree.proxy.source import Request
@@ -24,7 +25,7 @@ from datafree.stages.merging import Merged
 from datafree.stages.parents import Parents
 from datafree.stages.work import Work
 from datafree.store import Stage, content_hash
-from pleas.refine import Features, RefineResult, RefineSettings, Renew, refine
+from pleas.refine import Augment, Features, RefineResult, RefineSettings, Renew, refine, shift_and_flip
 
 EXACT = 1e-9  # mean relative residual of layers that do all their parents do
 
@@ -57,9 +58,16 @@ def _left(work: Work, one: Merged) -> Merged:
 
 
 def _settings(work: Work, spec: RefineSpec) -> RefineSettings:
-    chosen = spec.model_dump(exclude={"fresh"})
+    chosen = spec.model_dump(exclude={"augment", "fresh"})
     rounds = 0 if spec.fresh is None else spec.fresh.rounds
     return RefineSettings(**chosen, renewals=rounds, seed=derive_seed(work.seed, "refine"))
+
+
+def _lightly(images: Tensor, generator: torch.Generator) -> Tensor:
+    return augment_lightly(images, int(torch.randint(2**31, (), generator=generator)))
+
+
+AUGMENT: dict[str, Augment | None] = {"shift": shift_and_flip, "light": _lightly, "none": None}
 
 
 def fresh_images(
@@ -88,22 +96,23 @@ def fresh_images(
 def _refine_one(
     work: Work, parents: Parents, proxies: ProxySet, images: Tensor, one: Merged, settings: RefineSettings
 ) -> Merged:
-    assert work.recipe.recipe.refine is not None
-    fresh = work.recipe.recipe.refine.fresh
+    spec = work.recipe.recipe.refine
+    assert spec is not None
     meaning = {
         "parents": parents.fingerprint,
         "images": proxies.fingerprint,
         "start": content_hash(one.result.module.state_dict()),
         "network": pleas.program_config(one.result.module),
         "settings": asdict(settings),
-        "fresh": None if fresh is None else fresh.model_dump(),
+        "augment": spec.augment,
+        "fresh": None if spec.fresh is None else spec.fresh.model_dump(),
         "labels": work.recipe.recipe.labels,
         "device": work.device.type,
         "torch": torch.__version__,
     }
 
     def make() -> Stage:
-        found = _run(work, parents, images, one, settings, meaning)
+        found = _run(work, parents, images, one, spec, settings, meaning)
         return Stage(dict(found.module.state_dict()), _told(found))
 
     stage = work.finished("refined", meaning, make)
@@ -120,6 +129,7 @@ def _run(
     parents: Parents,
     images: Tensor,
     one: Merged,
+    spec: RefineSpec,
     settings: RefineSettings,
     meaning: Mapping[str, Any],
 ) -> RefineResult:
@@ -128,8 +138,8 @@ def _run(
         result = one.result
         features = Features(result.symmetry, result.matching, result.plan, parents.a.module, parents.b.module)
     kept = work.kept("refining", meaning)
-    spec, renew = work.recipe.recipe.refine, None
-    if spec is not None and spec.fresh is not None:
+    renew = None
+    if spec.fresh is not None:
         renew = fresh_images(
             work.recipe, parents.a, parents.b, parents.input, spec.fresh, work.seed, work.device
         )
@@ -143,6 +153,7 @@ def _run(
         normalise_a=parents.a.preprocess,
         normalise_b=parents.b.preprocess,
         heads=work.recipe.recipe.labels,
+        augment=AUGMENT[spec.augment],
         renew=renew,
         features=features,
         device=work.device,

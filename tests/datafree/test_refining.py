@@ -11,7 +11,7 @@ import torch
 import datafree
 from datafree.pipeline import run
 from datafree.recipe import RefineSpec, load_recipe
-from datafree.stages.refining import _joined, _parted
+from datafree.stages.refining import AUGMENT, _joined, _parted
 from datafree.store import CACHE_VARIABLE, Store
 from pleas.refine import RefineSettings
 from tests.datafree.tiny import Tiny, make_tiny
@@ -97,7 +97,32 @@ def test_a_network_that_is_its_parents_already_is_left_as_it_is(tiny: Tiny, tmp_
 
 
 def test_a_recipe_and_the_library_have_the_same_defaults() -> None:
-    assert RefineSettings(**RefineSpec().model_dump(exclude={"fresh"})) == RefineSettings()
+    assert RefineSettings(**RefineSpec().model_dump(exclude={"augment", "fresh"})) == RefineSettings()
+
+
+@pytest.mark.parametrize("name", ["shift", "light"])
+def test_views_depend_on_their_generator_alone(name: str) -> None:
+    augment = AUGMENT[name]
+    assert augment is not None
+    images = torch.randint(0, 256, (6, 3, 16, 16), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    random = torch.get_rng_state()
+    seen = [augment(images, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    assert torch.equal(torch.get_rng_state(), random)
+    assert torch.equal(seen[0], seen[1])
+    assert not torch.equal(seen[0], seen[2])
+    assert seen[0].dtype == torch.uint8
+    assert seen[0].shape == images.shape
+
+
+def test_the_recipe_chooses_the_views(tiny: Tiny, tmp_path: Path) -> None:
+    states = [
+        run(tiny.load(*REFINE, "merge.budgets=[1.0]", f"refine.augment={name}"), tmp_path / name)
+        .merged[0]
+        .result.module.state_dict()
+        for name in AUGMENT
+    ]
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        assert any(not torch.equal(value, states[other][name]) for name, value in states[one].items())
 
 
 def test_new_proxies_are_looked_for_while_refining(tiny: Tiny, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import pleas
 from pleas.errors import InputError
 from pleas.refine import Features, RefineSettings, refine
+from pleas.symmetry import position_maps
 from tests.cases import CASES
 from tests.pleas.test_merge import NAMES, images, outputs, parents, permuted_copy, run
 
@@ -64,7 +65,7 @@ def test_a_fused_unit_should_be_the_mean_of_its_two() -> None:
         )
         outputs(parent, x)
         handle.remove()
-    own = pleas.symmetry.position_maps(result.symmetry, result.matching)[layer.weight, 1]
+    own = position_maps(result.symmetry, result.matching)[layer.weight, 1]
     assert torch.allclose(features.targets([x, x])[1][0], (seen[0] + seen[1][:, own]) / 2, atol=1e-5)
 
 
