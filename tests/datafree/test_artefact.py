@@ -16,9 +16,11 @@ from torchvision import models
 import datafree
 import pleas
 from datafree.errors import UsageError
+from datafree.export import PROGRAM, write_exports
 from datafree.preprocess import Preprocess
 from datafree.references import build_model
 from tests.cases import CASES, randomise
+from tests.pleas.test_transformers import MODELS
 
 INPUT = Preprocess((16, 16), (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 
@@ -46,10 +48,37 @@ def test_saved_and_loaded_networks_agree_bit_for_bit(name: str, apart: float, tm
         assert torch.equal(loaded(_images(name)), result.module(_images(name)))
 
 
-def test_another_process_needs_nothing_but_the_folder(tmp_path: Path) -> None:
-    result = _merge("residual")
+@cache
+def _merged_transformer(name: str) -> tuple[pleas.MergeResult, torch.Tensor]:
+    build, size = MODELS[name]
+    a, b = (randomise(build().eval(), torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    images = torch.randn(64, 3, size, size, generator=torch.Generator().manual_seed(0))
+    settings = pleas.MergeSettings(min_rows=0.0)
+    return pleas.merge(a, b, list(images.split(16)), apart=0.5, settings=settings), images[:5]
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_widened_transformers_come_back_bit_for_bit(name: str, tmp_path: Path) -> None:
+    result, images = _merged_transformer(name)
+    assert result.ratio > 1.0
+    loaded = datafree.load(datafree.save(result, tmp_path / "out")).module
+    with torch.no_grad():
+        assert torch.equal(loaded(images), result.module(images))
+
+
+@pytest.mark.parametrize("name", ["vit", "swin"])
+def test_widened_transformers_are_exported(name: str, tmp_path: Path) -> None:
+    result, images = _merged_transformer(name)
+    write_exports(tmp_path, result.module, images[:2])
+    program = torch.export.load(tmp_path / PROGRAM).module()
+    with torch.no_grad():
+        assert torch.allclose(program(images), result.module(images), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["residual", "vit"])
+def test_another_process_needs_nothing_but_the_folder(name: str, tmp_path: Path) -> None:
+    result, images = _merged_transformer(name) if name == "vit" else (_merge(name), _images(name))
     folder = datafree.save(result, tmp_path / "out", preprocess=INPUT)
-    images = _images("residual")
     torch.save(images, tmp_path / "images.pt")
     code = (
         "import sys, torch, datafree; torch.set_num_threads(1)\n"
