@@ -33,6 +33,7 @@ from datafree.stages.refining import fresh_images
 from datafree.store import cache_folder
 from pleas.refine import Features, RefineSettings, refine
 from pleas.refine.distil import Objective, heads_of
+from pleas.refine.settings import STEPS
 from pleas.refine.views import split_off
 from pleas.symmetry import identity
 
@@ -307,7 +308,7 @@ def table(
     pairs: str, budgets: str, seeds: str, device: str, count: int, steps: int | None, name: str | None
 ) -> None:
     """Least squares and refined, for every pair, budget and seed."""
-    book, settings = Notebook(name or "refine"), RefineSettings(steps=steps)
+    book, settings = Notebook(name or "refine"), RefineSettings(steps=steps or STEPS)
     chosen: list[Row] = []
     ceilings: dict[str, Row] = {}
     for pair_name in pairs.split(","):
@@ -379,7 +380,7 @@ def compare_starts(
 ) -> None:
     """The same distillation from other starts, and ours on real images (the oracle)."""
     name = name or f"refine_starts_{pair_name}"
-    book, settings = Notebook(name), RefineSettings(steps=steps)
+    book, settings = Notebook(name), RefineSettings(steps=steps or STEPS)
     case = Case(load_pair(pair_name, device), seed, count)
     known = {"pair": pair_name, "seed": seed, "count": count, "settings": asdict(settings)}
     rows = [
@@ -432,7 +433,7 @@ def search(
     whatever it minimises.
     """
     name = name or "refine_search"
-    book, base = Notebook(name), RefineSettings(steps=steps or 1000)
+    book, base = Notebook(name), RefineSettings(steps=steps or STEPS)
     case = Case(load_pair(pair_name, device), seed, count)
     start = case.merge(1.0)
     rows = []

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from pleas.errors import InputError
 
-STEPS = 2000  # of a run that names neither steps nor minutes
+STEPS = 1000  # of a run that names neither steps nor minutes
 
 
 @dataclass(frozen=True)
