@@ -242,8 +242,8 @@ class _Lesson:
     device: torch.device
     layout: torch.memory_format
     features: Features | None = None
-    _known: dict[int, Tensor] = field(default_factory=dict)  # answers to batches that come round again
     renewed: list[Tensor] = field(default_factory=list)
+    _known: dict[int, Tensor] = field(default_factory=dict)  # answers to batches that come round again
     _first: Batches | None = None
 
     def renew(self, images: Tensor) -> None:

@@ -25,6 +25,14 @@ def parents() -> tuple[nn.Module, nn.Module, list[Tensor]]:
     return built[0], built[1], list(images.split(32))
 
 
+def matched() -> tuple[pleas.Symmetry, pleas.Statistics, pleas.Permutation]:
+    """The symmetry, the first pass and the matching of these parents."""
+    a, b, batches = parents()
+    symmetry = pleas.trace(a, batches[0][:2])
+    first = pleas.collect(symmetry, a, b, batches, SETTINGS)
+    return symmetry, first, pleas.match(symmetry, first, a, b, SETTINGS)
+
+
 def test_every_layer_norm_of_a_transformer_is_found() -> None:
     a, _, batches = parents()
     found = find_layer_norms(pleas.trace(a, batches[0][:2]).program)
@@ -65,9 +73,7 @@ def test_the_closed_form_is_the_regression_of_each_unit() -> None:
 def test_wider_networks_take_more_of_it_and_narrow_ones_none() -> None:
     """At 1.0x the average of the matched scales; with everything apart the closed form."""
     a, b, batches = parents()
-    symmetry = pleas.trace(a, batches[0][:2])
-    first = pleas.collect(symmetry, a, b, batches, SETTINGS)
-    matching = pleas.match(symmetry, first, a, b, SETTINGS)
+    symmetry, first, matching = matched()
     both = pleas.collect_grouped(symmetry, first, matching, a, b, batches, SETTINGS)
     name = find_layer_norms(symmetry.program)[0].weight
     scales = {}
@@ -86,9 +92,7 @@ def test_wider_networks_take_more_of_it_and_narrow_ones_none() -> None:
 
 def test_shards_of_the_second_pass_add_up_and_are_kept() -> None:
     a, b, batches = parents()
-    symmetry = pleas.trace(a, batches[0][:2])
-    first = pleas.collect(symmetry, a, b, batches, SETTINGS)
-    matching = pleas.match(symmetry, first, a, b, SETTINGS)
+    symmetry, first, matching = matched()
     whole = pleas.collect_grouped(symmetry, first, matching, a, b, batches, SETTINGS)
     parts = [pleas.collect_grouped(symmetry, first, matching, a, b, [batch], SETTINGS) for batch in batches]
     name = find_layer_norms(symmetry.program)[0].name
