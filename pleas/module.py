@@ -72,6 +72,14 @@ class BlockLayer(nn.Module):
         else:
             self.order = None
 
+    @property
+    def subsamples(self) -> bool:
+        """Whether this is a strided convolution of single pixels."""
+        g = self.geometry
+        if g is None or all(step == 1 for step in g["stride"]):
+            return False
+        return all(side == 1 for side in self.config["kernel"]) and not any(g["padding"])
+
     def forward(self, x: Tensor) -> Tensor:
         dim = 1 if self.geometry is not None else x.dim() - 1
         out = []
@@ -94,9 +102,14 @@ class BlockLayer(nn.Module):
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         g = self.geometry
         assert g is not None
-        zeros = [0] * len(g["stride"])
+        stride, zeros = g["stride"], [0] * len(g["stride"])
+        if self.subsamples:
+            # The same numbers by another kernel: oneDNN's gradient of a strided 1x1 weight with few inputs writes past
+            # its workspace (oneDNN issue 6035), and blocks often have few.
+            x = x[(..., *(slice(None, None, step) for step in stride))]
+            stride = [1] * len(stride)
         return torch.convolution(
-            x, weight, bias, g["stride"], g["padding"], g["dilation"], False, zeros, g["groups"]
+            x, weight, bias, stride, g["padding"], g["dilation"], False, zeros, g["groups"]
         )
 
 

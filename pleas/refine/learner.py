@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, fx, nn
 
 from pleas.layers import CONVOLUTION
-from pleas.module import BlockLayer
 from pleas.refine.norms import use_batch_statistics
 from pleas.refine.settings import RefineSettings
 
@@ -114,7 +113,7 @@ def training_layout(network: nn.Module, device: torch.device) -> torch.memory_fo
     """Channels last, except where oneDNN would then write past its workspace and corrupt the heap.
 
     That is the gradient of the weights of a strided 1x1 convolution that reads fewer inputs than a vector register
-    holds (oneDNN issue 6035), such as a narrow block of a shortcut that halves the image.
+    holds (oneDNN issue 6035), such as a narrow shortcut that halves the image.
     """
     if device.type != "cpu":
         return torch.channels_last
@@ -126,13 +125,10 @@ def training_layout(network: nn.Module, device: torch.device) -> torch.memory_fo
 
 
 def _convolutions(network: nn.Module) -> Iterator[tuple[Tensor, Sequence[int]]]:
-    """Weight and stride of every convolution, whether a module, a block of one, or a node of a graph."""
+    """Weight and stride of every convolution, whether a module or a node of a graph; blocks see to it themselves."""
     for module in network.modules():
         if isinstance(module, nn.modules.conv._ConvNd):
             yield module.weight, module.stride
-        elif isinstance(module, BlockLayer) and module.geometry is not None:
-            for name in module.weight_names:
-                yield module.get_parameter(name), module.geometry["stride"]
         elif isinstance(module, fx.GraphModule):
             for node in module.graph.nodes:
                 weight = node.args[1] if node.target is CONVOLUTION else None

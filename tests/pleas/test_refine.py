@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pleas.errors import InputError, NonFinite
+from pleas.module import BlockLayer
 from pleas.refine import Evidence, RefineResult, RefineSettings, refine, shift_and_flip
 from pleas.refine.distil import Objective, heads_of
 from pleas.refine.learner import training_layout
@@ -501,9 +502,16 @@ def test_channels_last_is_left_where_it_corrupts_memory(convolution: nn.Module, 
     assert training_layout(nn.Sequential(convolution), torch.device("cuda")) == torch.channels_last
 
 
-@pytest.mark.parametrize(("name", "safe"), [("residual", False), ("plain", True)])
-@pytest.mark.parametrize("apart", [0.0, 0.5])
-def test_blocks_and_graphs_are_looked_into_for_that(name: str, safe: bool, apart: float) -> None:
-    merged = merge_case(name, *parents(name), apart=apart).module
-    expected = torch.channels_last if safe else torch.contiguous_format
-    assert training_layout(merged, torch.device("cpu")) == expected
+def test_graphs_are_looked_into_for_that_and_blocks_see_to_it_themselves(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for apart, expected in ((0.0, torch.contiguous_format), (0.5, torch.channels_last)):
+        merged = merge_case("residual", *parents("residual"), apart=apart).module
+        assert training_layout(merged, torch.device("cpu")) == expected
+    layers = [module for module in merged.modules() if isinstance(module, BlockLayer) and module.subsamples]
+    assert layers
+    inputs = [torch.randn(2, layer.units, 9, 9) for layer in layers]
+    ours = [layer(x) for layer, x in zip(layers, inputs, strict=True)]
+    monkeypatch.setattr(BlockLayer, "subsamples", False)
+    for layer, x, detour in zip(layers, inputs, ours, strict=True):
+        assert torch.allclose(detour, layer(x), atol=1e-5)
