@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import pleas
-from benchmarks.common import RESULTS, Pair, load_pair, markdown, percent, write
+from benchmarks.common import PROJECT, Pair, load_pair, markdown, percent, write
 from datafree.evaluate import Evaluation
 from datafree.images import load_images
 from datafree.proxy import ProxySpec, build_proxies
@@ -233,10 +233,10 @@ def _body(case: Case, network: nn.Module, of: nn.Module) -> nn.Module:
 
 
 class Notebook:
-    """Rows of finished runs in RESULTS/NAME.rows.json, found again by what was run."""
+    """Rows of finished runs in runs/NAME.rows.json, found again by what was run."""
 
     def __init__(self, name: str) -> None:
-        self._path = RESULTS / f"{name}.rows.json"
+        self._path = PROJECT / "runs" / f"{name}.rows.json"
         self.rows: list[Row] = json.loads(self._path.read_text()) if self._path.exists() else []
 
     def row(self, run: Row, make: Callable[[], Row]) -> Row:
