@@ -374,21 +374,31 @@ def _table(rows: Sequence[Row], ceilings: Mapping[str, Row]) -> str:
 @main.command(name="starts")
 @click.option("--pair", "pair_name", default="cifar_halves", show_default=True)
 @click.option("--seed", default=0, show_default=True)
+@click.option("--only", default=None, help="Starts, separated by semicolons; all if not given.")
 @common
 def compare_starts(
-    pair_name: str, seed: int, device: str, count: int, steps: int | None, name: str | None
+    pair_name: str,
+    seed: int,
+    only: str | None,
+    device: str,
+    count: int,
+    steps: int | None,
+    name: str | None,
 ) -> None:
     """The same distillation from other starts, and ours on real images (the oracle)."""
     name = name or f"refine_starts_{pair_name}"
     book, settings = Notebook(name), RefineSettings(steps=steps or STEPS)
     case = Case(load_pair(pair_name, device), seed, count)
     known = {"pair": pair_name, "seed": seed, "count": count, "settings": asdict(settings)}
-    rows = [
-        book.row({"start": label, **known}, lambda make=make: measured(case, make(), settings))
-        for label, make in starts(case).items()
-    ]
     oracle = case.pair.recipe.recipe.oracle
-    if oracle is not None:
+    made = starts(case)
+    labels = only.split(";") if only else [*made, *(["oracle"] if oracle else [])]
+    rows = [
+        book.row({"start": label, **known}, lambda make=made[label]: measured(case, make(), settings))
+        for label in labels
+        if label != "oracle"
+    ]
+    if oracle is not None and "oracle" in labels:
         real = load_images(oracle.images, case.pair.recipe.base)
         images = real.batch(range(min(count, len(real))))
         run = {"start": f"merged, refined on {len(images)} real images", **known}
