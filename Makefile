@@ -6,6 +6,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP_FLAGS ?=
 TEST_FLAGS ?=
+# One worker a core, one thread a worker: `TEST_FLAGS="-n 0"` runs everything in one process.
+PYTEST = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n auto --dist worksteal
 OUT ?= runs/quickstart
 
 .PHONY: help quickstart test test-all lint types format clean
@@ -21,10 +23,10 @@ quickstart: $(VENV)/.installed-quickstart
 	$(BIN)/datafree merge recipes/quickstart.yaml --out $(OUT) --overwrite
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m "not slow" $(TEST_FLAGS)
+	$(PYTEST) -m "not slow" $(TEST_FLAGS)
 
 test-all: $(VENV)/.installed-test
-	$(BIN)/python -m pytest $(TEST_FLAGS)
+	$(PYTEST) $(TEST_FLAGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
