@@ -159,8 +159,10 @@ class Case:
     def refine(self, start: nn.Module, settings: RefineSettings, images: Tensor | None = None) -> Row:
         """Refine `start` and say how it went; the network is under "module"."""
         a, b = self.pair.a, self.pair.b
-        fresh = FreshSpec(rounds=max(1, settings.renewals))
-        features = None
+        features, renew = None, None
+        if settings.renewals:
+            fresh = FreshSpec(rounds=settings.renewals)
+            renew = fresh_images(self.pair.recipe, a, b, a.preprocess, fresh, self.seed, self.pair.device)
         if settings.feature_weight:  # of starts at 1.0x
             features = Features(self.symmetry, self.matching, self.plan(1.0), a.module, b.module)
         result = refine(
@@ -171,7 +173,7 @@ class Case:
             replace(settings, seed=derive_seed(self.seed, "refine")),
             normalise=self.pair.a.preprocess,
             heads=self.pair.recipe.recipe.labels,
-            renew=fresh_images(self.pair.recipe, a, b, a.preprocess, fresh, self.seed, self.pair.device),
+            renew=renew,
             features=features,
             device=self.pair.device,
         )

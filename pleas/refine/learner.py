@@ -130,10 +130,11 @@ def _convolutions(network: nn.Module) -> Iterator[tuple[Tensor, Sequence[int]]]:
         if isinstance(module, nn.modules.conv._ConvNd):
             yield module.weight, module.stride
         elif isinstance(module, fx.GraphModule):
+            trained = dict(module.named_parameters())  # a blur's kernel, say, is none of them
             for node in module.graph.nodes:
                 weight = node.args[1] if node.target is CONVOLUTION else None
-                if isinstance(weight, fx.Node) and weight.op == "get_attr":
-                    yield module.get_parameter(str(weight.target)), node.args[3]
+                if isinstance(weight, fx.Node) and str(weight.target) in trained:
+                    yield trained[str(weight.target)], node.args[3]
 
 
 def _copied(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

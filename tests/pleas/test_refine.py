@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from pleas.errors import InputError, NonFinite
+from pleas.layers import CONVOLUTION
 from pleas.module import BlockLayer
 from pleas.refine import Evidence, RefineResult, RefineSettings, refine, shift_and_flip
 from pleas.refine.distil import Objective, heads_of
@@ -500,6 +501,28 @@ def test_channels_last_is_left_where_it_corrupts_memory(convolution: nn.Module, 
     expected = torch.channels_last if safe else torch.contiguous_format
     assert training_layout(nn.Sequential(convolution), torch.device("cpu")) == expected
     assert training_layout(nn.Sequential(convolution), torch.device("cuda")) == torch.channels_last
+
+
+class Blurs(nn.Module):
+    """A convolution whose kernel is a buffer, as in anti-aliased networks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("kernel", torch.ones(6, 6, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.convolution(x, self.kernel, None, [2, 2], [0, 0], [1, 1], False, [0, 0], 1)
+
+
+def test_kernels_that_are_not_trained_do_no_harm() -> None:
+    graph = torch.export.export(Blurs(), (torch.zeros(2, 6, 8, 8),)).module()
+    assert isinstance(graph, fx.GraphModule)
+    for node in graph.graph.nodes:  # as a merged network has it
+        if node.target is torch.ops.aten.conv2d.default:
+            node.target = CONVOLUTION
+            node.args = (*node.args[:2], None, [2, 2], [0, 0], [1, 1], False, [0, 0], 1)
+    assert any(node.target is CONVOLUTION for node in graph.graph.nodes)
+    assert training_layout(graph, torch.device("cpu")) == torch.channels_last
 
 
 def test_graphs_are_looked_into_for_that_and_blocks_see_to_it_themselves(
