@@ -508,6 +508,7 @@ class Blurs(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.kernel: Tensor
         self.register_buffer("kernel", torch.ones(6, 6, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
