@@ -30,6 +30,7 @@ from datafree.stages import (
     Work,
     average_weights,
     begin,
+    check_refining,
     check_rows,
     evaluate_all,
     exact_arithmetic,
@@ -95,6 +96,7 @@ def run(
         real = load_oracle(work, tasks)
         symmetry = trace_symmetry(work, parents)
         check_rows(work, symmetry, recipe.recipe.proxy.count)
+        check_refining(work, parents, symmetry)
         proxies = make_proxies(work, parents, tasks)
         inputs = proxy_inputs(work, parents, proxies)
         evidence = gather_evidence(work, parents, symmetry, inputs)

@@ -19,6 +19,7 @@ from datafree.stages import (
     Parents,
     Work,
     begin,
+    check_refining,
     check_rows,
     load_oracle,
     load_parents,
@@ -74,6 +75,7 @@ def checks(work: Work) -> Iterator[tuple[str, str]]:
     symmetry = trace_symmetry(work, parents)
     work.progress.notes.extend(symmetry.program.notes)
     check_rows(work, symmetry, recipe.proxy.count)
+    check_refining(work, parents, symmetry)
     widenable = sum(unit_class.widenable for unit_class in symmetry.classes)
     yield (
         "symmetry",

@@ -27,7 +27,7 @@ from datafree.stages.merging import (
     solve_plans,
 )
 from datafree.stages.parents import Parents, has_batch_norm, load_parents, trace_symmetry
-from datafree.stages.refining import refine_merged
+from datafree.stages.refining import check_refining, refine_merged
 from datafree.stages.work import Work, begin, choose_device, exact_arithmetic
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "Work",
     "average_weights",
     "begin",
+    "check_refining",
     "check_rows",
     "choose_device",
     "evaluate_all",

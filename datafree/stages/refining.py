@@ -25,9 +25,43 @@ from datafree.stages.merging import Merged
 from datafree.stages.parents import Parents
 from datafree.stages.work import Work
 from datafree.store import Stage, content_hash
-from pleas.refine import Augment, Features, RefineResult, RefineSettings, Renew, refine, shift_and_flip
+from pleas.refine import (
+    Augment,
+    Features,
+    RefineResult,
+    RefineSettings,
+    Renew,
+    feature_layers,
+    kind_of_outputs,
+    refine,
+    shift_and_flip,
+)
 
+PROBES = 16  # images of noise that show whether a network returns logits
 EXACT = 1e-9  # mean relative residual of layers that do all their parents do
+
+
+@torch.no_grad()
+def check_refining(work: Work, parents: Parents, symmetry: pleas.Symmetry) -> None:
+    """Raise before any work where these parents cannot be refined as the recipe asks."""
+    recipe = work.recipe
+    spec = recipe.recipe.refine
+    if spec is None:
+        return
+    if spec.feature_weight:
+        with recipe.at("refine", "feature_weight"):
+            feature_layers(symmetry, parents.a.module)
+    if spec.fresh is not None:
+        noise = torch.rand(PROBES, *parents.input.shape, generator=torch.Generator().manual_seed(0))
+        answers = [parent.module(noise) for parent in (parents.a, parents.b)]
+        _, why = kind_of_outputs(answers)
+        if why is not None:
+            raise recipe.error(
+                f"{why.split(':')[0]}, but images in dispute are found by comparing predictions of classes: remove "
+                "refine.fresh",
+                "refine",
+                "fresh",
+            )
 
 
 def refine_merged(

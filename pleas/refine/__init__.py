@@ -1,7 +1,7 @@
 """Refine: a short distillation of both parents into the merged network, on proxy images only."""
 
-from pleas.refine.distil import Evidence
-from pleas.refine.features import Features
+from pleas.refine.distil import Evidence, kind_of_outputs
+from pleas.refine.features import Features, feature_layers
 from pleas.refine.settings import RefineSettings
 from pleas.refine.training import Check, RefineResult, Renew, refine
 from pleas.refine.views import Augment, shift_and_flip
@@ -14,6 +14,8 @@ __all__ = [
     "RefineResult",
     "RefineSettings",
     "Renew",
+    "feature_layers",
+    "kind_of_outputs",
     "refine",
     "shift_and_flip",
 ]

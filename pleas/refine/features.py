@@ -50,19 +50,7 @@ class Features:
         stages: int = STAGES,
     ) -> None:
         program, layouts = symmetry.program, Layouts(symmetry, plan.classes)
-        modules = dict(a.named_modules())
-        plain = [
-            layer
-            for layer in find_layers(program)
-            if len(layer.nodes) == 1 and layer.groups == 1 and isinstance(modules.get(layer.name), _LAYERS)
-        ][1:]  # the first reads the image
-        if not plain:
-            raise InputError(
-                "features cannot be matched: beyond the first layer none is a plain torch.nn convolution or linear "
-                "layer. Leave feature_weight at 0"
-            )
-        count = min(stages, len(plain))
-        chosen = [plain[(i + 1) * len(plain) // count - 1] for i in range(count)]
+        chosen = feature_layers(symmetry, a, stages)
         self.stages = tuple(_Stage(layer, layouts.axis(layer.weight, 1)) for layer in chosen)
         self._graph = program.graph
         aligned = permute_state(symmetry, state_of(program, b), matching)
@@ -113,6 +101,23 @@ class Features:
             for handle in handles:
                 handle.remove()
         return output, [found[stage.layer.name] for stage in self.stages]
+
+
+def feature_layers(symmetry: Symmetry, network: nn.Module, stages: int = STAGES) -> list[Layer]:
+    """The layers of a parent whose inputs are compared; raises InputError where it has none that can be."""
+    modules = dict(network.named_modules())
+    plain = [
+        layer
+        for layer in find_layers(symmetry.program)
+        if len(layer.nodes) == 1 and layer.groups == 1 and isinstance(modules.get(layer.name), _LAYERS)
+    ][1:]  # the first reads the image
+    if not plain:
+        raise InputError(
+            "features cannot be matched: beyond the first layer none is a plain torch.nn convolution or linear "
+            "layer. Leave feature_weight at 0"
+        )
+    count = min(stages, len(plain))
+    return [plain[(i + 1) * len(plain) // count - 1] for i in range(count)]
 
 
 def _mixed(stage: _Stage, pair: Sequence[Tensor]) -> Tensor:

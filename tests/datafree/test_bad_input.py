@@ -112,6 +112,43 @@ def test_batch_norms_that_were_never_trained(tiny: Tiny) -> None:
     ) in refusal(tiny, *fresh, "proxy.sources=[{kind: inversion}]")
 
 
+def variant(tiny: Tiny, *changes: tuple[str, str]) -> list[str]:
+    """Both parents of another class: the tiny network with pieces of its code replaced."""
+    text = (tiny.folder / "net.py").read_text()
+    for was, now in changes:
+        assert was in text
+        text = text.replace(was, now)
+    (tiny.folder / "variant.py").write_text(text)
+    given = "random_weights: true, preprocess: {size: 8, mean: [0.3], std: [0.4]}"
+    return [f"parents.{parent}={{model: 'python:variant.py:net', {given}}}" for parent in "ab"]
+
+
+def test_new_images_for_parents_that_predict_no_classes(tiny: Tiny) -> None:
+    unit = variant(
+        tiny,
+        ("return self.head(", "return nn.functional.normalize(self.head("),
+        ("(2, 3)))", "(2, 3))), dim=1)"),
+    )
+    inverted = "proxy.sources=[{kind: inversion, loss: classes}]"
+    assert (
+        "refine.fresh: parent A returns vectors of one length (an embedding), which are no logits over classes, but "
+        "images in dispute are found by comparing predictions of classes: remove refine.fresh"
+    ) in refusal(tiny, *unit, inverted, "refine={steps: 2, fresh: {}}")
+
+
+def test_inner_activations_of_layers_that_are_not_plain(tiny: Tiny) -> None:
+    bare = variant(
+        tiny,
+        ("nn.Linear(width, num_classes)", "nn.Parameter(torch.randn(num_classes, width))"),
+        ("self.head(self.block(", "nn.functional.linear((("),
+        (".mean((2, 3)))", ").mean((2, 3)), self.head)"),
+    )
+    assert (
+        "refine.feature_weight: features cannot be matched: beyond the first layer none is a plain torch.nn "
+        "convolution or linear layer. Leave feature_weight at 0"
+    ) in refusal(tiny, *bare, "refine={steps: 2, feature_weight: 0.1}")
+
+
 def test_a_network_without_batch_norm(tiny: Tiny) -> None:
     text = (tiny.folder / "net.py").read_text().replace("nn.BatchNorm2d(width)", "nn.Identity()")
     (tiny.folder / "plain.py").write_text(text)
