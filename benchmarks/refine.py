@@ -11,6 +11,7 @@ images are looked at when a run has ended; nothing that decides a run depends on
 from __future__ import annotations
 
 import copy
+import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -239,16 +240,19 @@ class Notebook:
 
     def __init__(self, name: str) -> None:
         self._path = PROJECT / "runs" / f"{name}.rows.json"
-        self.rows: list[Row] = json.loads(self._path.read_text()) if self._path.exists() else []
+
+    @property
+    def rows(self) -> list[Row]:
+        """Read anew each time, for runs beside this one write there, too."""
+        return json.loads(self._path.read_text()) if self._path.exists() else []
 
     def row(self, run: Row, make: Callable[[], Row]) -> Row:
         for row in self.rows:
             if row["run"] == run:
                 return row
         row = {"run": run, **make()}
-        self.rows.append(row)
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._path.write_text(json.dumps(self.rows, indent=1) + "\n")
+        self._path.write_text(json.dumps([*self.rows, row], indent=1) + "\n")
         print(_line(row), flush=True)
         return row
 
@@ -290,12 +294,64 @@ def main(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-def common(command: Callable[..., None]) -> Callable[..., None]:
+@dataclass(frozen=True)
+class Asked:
+    """The options that every command has."""
+
+    device: str
+    count: int
+    steps: int | None
+    name: str | None
+    changes: tuple[str, ...]
+
+    @property
+    def settings(self) -> RefineSettings:
+        return RefineSettings(steps=self.steps or STEPS)
+
+    def pair(self, name: str) -> Pair:
+        return load_pair(name, self.device, self.changes)
+
+    def run(self, pair: str, seed: int, settings: RefineSettings, **what: Any) -> Row:
+        """What a run is found again by."""
+        changed = {"set": list(self.changes)} if self.changes else {}
+        return {
+            "pair": pair,
+            "seed": seed,
+            "count": self.count,
+            **what,
+            **changed,
+            "settings": asdict(settings),
+        }
+
+
+def asking(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of Asked, as `asked`."""
+
+    @functools.wraps(command)
+    def call(
+        device: str, count: int, steps: int | None, name: str | None, changes: tuple[str, ...], **own: Any
+    ) -> None:
+        command(asked=Asked(device, count, steps, name, changes), **own)
+
     for option in (
         click.option("--device", default="cpu", show_default=True),
         click.option("--count", default=2048, show_default=True, help="Proxies."),
         click.option("--steps", default=None, type=int, help="The default of RefineSettings if not given."),
         click.option("--name", default=None, help="Of the result files."),
+        click.option(
+            "--set", "changes", multiple=True, help="KEY=VALUE of the recipe, as for datafree merge."
+        ),
+    ):
+        call = option(call)
+    return call
+
+
+def one_case(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command one pair and seed, and a choice of its runs."""
+    for option in (
+        click.option("--only", default=None, help="Runs, separated by semicolons; all if not given."),
+        click.option("--seed", default=0, show_default=True),
+        click.option("--pair", "pair_name", default="cifar_halves", show_default=True),
     ):
         command = option(command)
     return command
@@ -305,33 +361,26 @@ def common(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--pairs", default="cifar_halves,cifar_resnet20,quickstart,disjoint_labels", show_default=True)
 @click.option("--budgets", default="1.0,1.25,1.5", show_default=True)
 @click.option("--seeds", default="0,1,2", show_default=True)
-@common
-def table(
-    pairs: str, budgets: str, seeds: str, device: str, count: int, steps: int | None, name: str | None
-) -> None:
+@asking
+def table(pairs: str, budgets: str, seeds: str, asked: Asked) -> None:
     """Least squares and refined, for every pair, budget and seed."""
-    book, settings = Notebook(name or "refine"), RefineSettings(steps=steps or STEPS)
+    name, settings = asked.name or "refine", asked.settings
+    book = Notebook(name)
     chosen: list[Row] = []
     ceilings: dict[str, Row] = {}
     for pair_name in pairs.split(","):
-        pair = load_pair(pair_name, device)
+        pair = asked.pair(pair_name)
         ceilings[pair_name] = _ceiling(pair)
         for seed in parse(seeds, int):
-            case = Case(pair, seed, count)
+            case = Case(pair, seed, asked.count)
             for budget in parse(budgets, float):
-                run = {
-                    "pair": pair_name,
-                    "budget": budget,
-                    "seed": seed,
-                    "count": count,
-                    "settings": asdict(settings),
-                }
+                run = asked.run(pair_name, seed, settings, budget=budget)
                 chosen.append(
                     book.row(
                         run, lambda case=case, budget=budget: measured(case, case.merge(budget), settings)
                     )
                 )
-    write(name or "refine", chosen, _table(chosen, ceilings), "benchmarks.refine")
+    write(name, chosen, _table(chosen, ceilings), "benchmarks.refine")
 
 
 def _ceiling(pair: Pair) -> Row:
@@ -374,36 +423,27 @@ def _table(rows: Sequence[Row], ceilings: Mapping[str, Row]) -> str:
 
 
 @main.command(name="starts")
-@click.option("--pair", "pair_name", default="cifar_halves", show_default=True)
-@click.option("--seed", default=0, show_default=True)
-@click.option("--only", default=None, help="Starts, separated by semicolons; all if not given.")
-@common
-def compare_starts(
-    pair_name: str,
-    seed: int,
-    only: str | None,
-    device: str,
-    count: int,
-    steps: int | None,
-    name: str | None,
-) -> None:
+@one_case
+@asking
+def compare_starts(pair_name: str, seed: int, only: str | None, asked: Asked) -> None:
     """The same distillation from other starts, and ours on real images (the oracle)."""
-    name = name or f"refine_starts_{pair_name}"
-    book, settings = Notebook(name), RefineSettings(steps=steps or STEPS)
-    case = Case(load_pair(pair_name, device), seed, count)
-    known = {"pair": pair_name, "seed": seed, "count": count, "settings": asdict(settings)}
+    name, settings = asked.name or f"refine_starts_{pair_name}", asked.settings
+    book, case = Notebook(name), Case(asked.pair(pair_name), seed, asked.count)
     oracle = case.pair.recipe.recipe.oracle
     made = starts(case)
     labels = only.split(";") if only else [*made, *(["oracle"] if oracle else [])]
     rows = [
-        book.row({"start": label, **known}, lambda make=made[label]: measured(case, make(), settings))
+        book.row(
+            asked.run(pair_name, seed, settings, start=label),
+            lambda make=made[label]: measured(case, make(), settings),
+        )
         for label in labels
         if label != "oracle"
     ]
     if oracle is not None and "oracle" in labels:
         real = load_images(oracle.images, case.pair.recipe.base)
-        images = real.batch(range(min(count, len(real))))
-        run = {"start": f"merged, refined on {len(images)} real images", **known}
+        images = real.batch(range(min(asked.count, len(real))))
+        run = asked.run(pair_name, seed, settings, start=f"merged, refined on {len(images)} real images")
         rows.append(book.row(run, lambda: measured(case, case.merge(1.0), settings, images)))
     lines = [
         [
@@ -417,43 +457,28 @@ def compare_starts(
         for row in rows
     ]
     joint = ["joint"] if case.pair.separate else []
-    write(
-        name,
-        rows,
-        markdown(["start", "before", "after", *joint, "held-out loss", "minutes"], lines),
-        "benchmarks.refine",
-    )
+    header = ["start", "before", "after", *joint, "held-out loss", "minutes"]
+    write(name, rows, markdown(header, lines), "benchmarks.refine")
 
 
 @main.command()
-@click.option("--pair", "pair_name", default="cifar_halves", show_default=True)
-@click.option("--seed", default=0, show_default=True)
-@click.option("--only", default=None, help="Names of SEARCH, separated by semicolons; all if not given.")
-@common
-def search(
-    pair_name: str,
-    seed: int,
-    only: str | None,
-    device: str,
-    count: int,
-    steps: int | None,
-    name: str | None,
-) -> None:
+@one_case
+@asking
+def search(pair_name: str, seed: int, only: str | None, asked: Asked) -> None:
     """One change at a time from the defaults, ordered by what is seen on held-out proxies.
 
     That is the mean divergence from the parents' probabilities, which every change is judged by alike,
     whatever it minimises.
     """
-    name = name or "refine_search"
-    book, base = Notebook(name), RefineSettings(steps=steps or STEPS)
-    case = Case(load_pair(pair_name, device), seed, count)
+    name, base = asked.name or "refine_search", asked.settings
+    book, case = Notebook(name), Case(asked.pair(pair_name), seed, asked.count)
     start = case.merge(1.0)
     rows = []
     for label in only.split(";") if only else SEARCH:
         settings = replace(base, **SEARCH[label])
         if settings.batch != base.batch:
             settings = replace(settings, steps=base.steps * base.batch // settings.batch)  # type: ignore[operator]
-        run = {"change": label, "pair": pair_name, "seed": seed, "count": count, "settings": asdict(settings)}
+        run = asked.run(pair_name, seed, settings, change=label)
         rows.append(book.row(run, lambda settings=settings: measured(case, start, settings)))
     lines = [
         [
