@@ -30,7 +30,7 @@ from datafree.proxy import ProxySpec, build_proxies
 from datafree.recipe import FreshSpec
 from datafree.references import build_model
 from datafree.seeds import derive_seed
-from datafree.stages.refining import fresh_images
+from datafree.stages.refining import AUGMENT, fresh_images
 from datafree.store import cache_folder
 from pleas.refine import Features, RefineSettings, refine
 from pleas.refine.distil import Objective, heads_of
@@ -66,6 +66,7 @@ class Case:
     pair: Pair
     seed: int
     count: int
+    augment: str = "shift"
 
     @cached_property
     def images(self) -> Tensor:
@@ -174,6 +175,7 @@ class Case:
             replace(settings, seed=derive_seed(self.seed, "refine")),
             normalise=self.pair.a.preprocess,
             heads=self.pair.recipe.recipe.labels,
+            augment=AUGMENT[self.augment],
             renew=renew,
             features=features,
             device=self.pair.device,
@@ -302,6 +304,7 @@ class Asked:
     count: int
     steps: int | None
     name: str | None
+    augment: str
     changes: tuple[str, ...]
 
     @property
@@ -311,9 +314,14 @@ class Asked:
     def pair(self, name: str) -> Pair:
         return load_pair(name, self.device, self.changes)
 
+    def case(self, pair: Pair, seed: int) -> Case:
+        return Case(pair, seed, self.count, self.augment)
+
     def run(self, pair: str, seed: int, settings: RefineSettings, **what: Any) -> Row:
         """What a run is found again by."""
-        changed = {"set": list(self.changes)} if self.changes else {}
+        changed: Row = {"set": list(self.changes)} if self.changes else {}
+        if self.augment != "shift":
+            changed["augment"] = self.augment
         return {
             "pair": pair,
             "seed": seed,
@@ -329,15 +337,22 @@ def asking(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def call(
-        device: str, count: int, steps: int | None, name: str | None, changes: tuple[str, ...], **own: Any
+        device: str,
+        count: int,
+        steps: int | None,
+        name: str | None,
+        augment: str,
+        changes: tuple[str, ...],
+        **own: Any,
     ) -> None:
-        command(asked=Asked(device, count, steps, name, changes), **own)
+        command(asked=Asked(device, count, steps, name, augment, changes), **own)
 
     for option in (
         click.option("--device", default="cpu", show_default=True),
         click.option("--count", default=2048, show_default=True, help="Proxies."),
         click.option("--steps", default=None, type=int, help="The default of RefineSettings if not given."),
         click.option("--name", default=None, help="Of the result files."),
+        click.option("--augment", default="shift", show_default=True, type=click.Choice(list(AUGMENT))),
         click.option(
             "--set", "changes", multiple=True, help="KEY=VALUE of the recipe, as for datafree merge."
         ),
@@ -372,7 +387,7 @@ def table(pairs: str, budgets: str, seeds: str, asked: Asked) -> None:
         pair = asked.pair(pair_name)
         ceilings[pair_name] = _ceiling(pair)
         for seed in parse(seeds, int):
-            case = Case(pair, seed, asked.count)
+            case = asked.case(pair, seed)
             for budget in parse(budgets, float):
                 run = asked.run(pair_name, seed, settings, budget=budget)
                 chosen.append(
@@ -428,7 +443,7 @@ def _table(rows: Sequence[Row], ceilings: Mapping[str, Row]) -> str:
 def compare_starts(pair_name: str, seed: int, only: str | None, asked: Asked) -> None:
     """The same distillation from other starts, and ours on real images (the oracle)."""
     name, settings = asked.name or f"refine_starts_{pair_name}", asked.settings
-    book, case = Notebook(name), Case(asked.pair(pair_name), seed, asked.count)
+    book, case = Notebook(name), asked.case(asked.pair(pair_name), seed)
     oracle = case.pair.recipe.recipe.oracle
     made = starts(case)
     labels = only.split(";") if only else [*made, *(["oracle"] if oracle else [])]
@@ -471,7 +486,7 @@ def search(pair_name: str, seed: int, only: str | None, asked: Asked) -> None:
     whatever it minimises.
     """
     name, base = asked.name or "refine_search", asked.settings
-    book, case = Notebook(name), Case(asked.pair(pair_name), seed, asked.count)
+    book, case = Notebook(name), asked.case(asked.pair(pair_name), seed)
     start = case.merge(1.0)
     rows = []
     for label in only.split(";") if only else SEARCH:
