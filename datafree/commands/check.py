@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -46,7 +47,8 @@ def run(recipe: str, settings: Sequence[str], device: str, as_json: bool) -> Non
         return
     for note in notes:
         click.echo(f"note: {note}")
-    click.echo(f"{recipe} is ready: datafree merge {recipe} -o OUT")
+    changes = "".join(f" --set {shlex.quote(change)}" for change in settings)
+    click.echo(f"{recipe} is ready: datafree merge {recipe}{changes} -o OUT")
 
 
 def checks(work: Work) -> Iterator[tuple[str, str]]:

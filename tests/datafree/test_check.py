@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -71,3 +72,12 @@ def test_a_sample_finds_a_set_that_was_given_twice(
     )
     assert sound.exit_code == 0, sound.output
     assert "64 proxy images compared with 64 of files, which is a sample" in sound.output
+
+
+def test_the_command_it_ends_with_is_for_what_was_checked(tiny: Tiny) -> None:
+    last = checked(tiny, digits("train"), "seed=3").output.splitlines()[-1]
+    words = shlex.split(last.split(": ", 1)[1])
+    assert words == [
+        *("datafree", "merge", str(tiny.recipe), "--set", digits("train"), "--set", "seed=3"),
+        *("-o", "OUT"),
+    ]
