@@ -14,7 +14,7 @@ import copy
 import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -336,16 +336,8 @@ def asking(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command the options of Asked, as `asked`."""
 
     @functools.wraps(command)
-    def call(
-        device: str,
-        count: int,
-        steps: int | None,
-        name: str | None,
-        augment: str,
-        changes: tuple[str, ...],
-        **own: Any,
-    ) -> None:
-        command(asked=Asked(device, count, steps, name, augment, changes), **own)
+    def call(**given: Any) -> None:
+        command(asked=Asked(**{field.name: given.pop(field.name) for field in fields(Asked)}), **given)
 
     for option in (
         click.option("--device", default="cpu", show_default=True),
