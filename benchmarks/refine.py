@@ -286,6 +286,17 @@ def parse(text: str, kind: type) -> list[Any]:
     return [kind(part) for part in text.split(",")]
 
 
+def among(only: str | None, known: Sequence[str]) -> Sequence[str]:
+    """The runs asked for by --only, all that are known if it was not given."""
+    if only is None:
+        return known
+    wanted = only.split(";")
+    strange = [label for label in wanted if label not in known]
+    if strange:
+        raise click.BadParameter(f"{', '.join(strange)}: known are {'; '.join(known)}", param_hint="--only")
+    return wanted
+
+
 # commands ---------------------------------------------------------------------------------------------------
 
 
@@ -309,7 +320,7 @@ class Asked:
 
     @property
     def settings(self) -> RefineSettings:
-        return RefineSettings(steps=self.steps or STEPS)
+        return RefineSettings(steps=STEPS if self.steps is None else self.steps)
 
     def pair(self, name: str) -> Pair:
         return load_pair(name, self.device, self.changes)
@@ -438,7 +449,7 @@ def compare_starts(pair_name: str, seed: int, only: str | None, asked: Asked) ->
     book, case = Notebook(name), asked.case(asked.pair(pair_name), seed)
     oracle = case.pair.recipe.recipe.oracle
     made = starts(case)
-    labels = only.split(";") if only else [*made, *(["oracle"] if oracle else [])]
+    labels = among(only, [*made, *(["oracle"] if oracle else [])])
     rows = [
         book.row(
             asked.run(pair_name, seed, settings, start=label),
@@ -479,9 +490,10 @@ def search(pair_name: str, seed: int, only: str | None, asked: Asked) -> None:
     """
     name, base = asked.name or "refine_search", asked.settings
     book, case = Notebook(name), asked.case(asked.pair(pair_name), seed)
+    labels = among(only, list(SEARCH))
     start = case.merge(1.0)
     rows = []
-    for label in only.split(";") if only else SEARCH:
+    for label in labels:
         settings = replace(base, **SEARCH[label])
         if settings.batch != base.batch:
             settings = replace(settings, steps=base.steps * base.batch // settings.batch)  # type: ignore[operator]

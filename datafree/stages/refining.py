@@ -56,12 +56,8 @@ def check_refining(work: Work, parents: Parents, symmetry: pleas.Symmetry) -> No
         answers = [parent.module(noise) for parent in (parents.a, parents.b)]
         _, why = kind_of_outputs(answers)
         if why is not None:
-            raise recipe.error(
-                f"{why.split(':')[0]}, but images in dispute are found by comparing predictions of classes: remove "
-                "refine.fresh",
-                "refine",
-                "fresh",
-            )
+            said = "images in dispute are found by comparing predictions of classes, so remove refine.fresh"
+            raise recipe.error(f"{why}; {said}", "refine", "fresh")
 
 
 def refine_merged(
