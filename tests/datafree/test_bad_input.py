@@ -132,8 +132,8 @@ def test_new_images_for_parents_that_predict_no_classes(tiny: Tiny) -> None:
     inverted = "proxy.sources=[{kind: inversion, loss: classes}]"
     assert (
         "refine.fresh: parent A returns vectors of one length (an embedding), which are no logits over classes: "
-        "refining fits the outputs themselves by squared error, without softmax and temperature; images in dispute are found by "
-        "comparing predictions of classes, so remove refine.fresh"
+        "refining fits the outputs themselves by squared error, without softmax and temperature; images in dispute are "
+        "found by comparing predictions of classes, so remove refine.fresh"
     ) in refusal(tiny, *unit, inverted, "refine={steps: 2, fresh: {}}")
 
 
