@@ -49,13 +49,14 @@ SEARCH: dict[str, dict[str, Any]] = {
     "half of the images blended": {"mix": 0.5},
     "all images blended": {"mix": 1.0},
     "no squared error": {"logit_weight": 0.0},
+    "squared error, weight 0.1": {"logit_weight": 0.1},
     "temperature 2": {"temperature": 2.0},
     "joint cross-entropy": {"joint_weight": 0.5},
     "new batches at every step": {"views": 0},
     "new images three times": {"renewals": 3},
     "inner activations matched": {"feature_weight": 0.1},
-    "batches of 128, half the steps": {"batch": 128, "views": 128},
-    "batches of 32, twice the steps": {"batch": 32, "views": 512},
+    "batches of 128, half the steps": {"batch": 128, "views": 256},
+    "batches of 32, twice the steps": {"batch": 32, "views": 1024},
 }
 
 

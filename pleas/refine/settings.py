@@ -47,13 +47,13 @@ class RefineSettings:
     rate: float = 1e-3
     warmup: float = 0.05
     temperature: float = 1.0
-    logit_weight: float = 0.1
+    logit_weight: float = 1.0
     joint_weight: float = 0.0
     feature_weight: float = 0.0
     clip: float = 1.0
     average: float = 0.99
     batch_statistics: bool = True
-    views: int = 256
+    views: int = 512
     mix: float = 0.0
     renewals: int = 0
     holdout: float = 0.1
