@@ -96,22 +96,35 @@ def residual_chart(results: Results) -> str | None:
 
 
 def refine_chart(refined: Mapping[str, Mapping[str, Any]]) -> str | None:
-    """Agreement with the parents on held-out proxies against refine time, one line per network; None without."""
+    """What refining did against the time it took, one line per network; None where nothing was refined.
+
+    Agreement with the parents on held-out proxies, which decided; beside it the accuracy, where there is any.
+    """
     if not refined:
         return None
+    judged = any(told["curve"] for told in refined.values())
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(5.2, 3.4), layout="constrained")
-        axis = figure.subplots()
+        figure = Figure(figsize=(8.6 if judged else 5.2, 3.5), layout="constrained")
+        axes = figure.subplots(1, 1 + judged, squeeze=False)[0]
         shades = mpl.colormaps["plasma"]
         for number, (label, told) in enumerate(refined.items()):
             looks = [(0.0, told["start"]), *((look["seconds"], look["evidence"]) for look in told["history"])]
+            style = {
+                "color": shades(0.1 + 0.7 * number / max(1, len(refined) - 1)),
+                "marker": _MARKERS[number % len(_MARKERS)],
+                "lw": 1.2,
+            }
             seconds = [second for second, _ in looks]
             agreement = [100 * _mean(evidence["agreement"].values()) for _, evidence in looks]
-            shade = shades(0.1 + 0.7 * number / max(1, len(refined) - 1))
-            marker = _MARKERS[number % len(_MARKERS)]
-            axis.plot(seconds, agreement, color=shade, marker=marker, ms=3.5, lw=1.2, label=label)
-        axis.set_xlabel("seconds of refining")
-        axis.set_ylabel("agreement with the parents\non held-out proxies (%)")
+            axes[0].plot(seconds, agreement, ms=3.5, label=label, **style)
+            if told["curve"]:
+                seconds = [look["seconds"] for look in told["curve"]]
+                axes[1].plot(seconds, [100 * look["average"] for look in told["curve"]], ms=5, **style)
+        axes[0].set_ylabel("agreement with the parents\non held-out proxies (%)")
+        if judged:
+            axes[1].set_ylabel("accuracy, mean of the tasks (%)")
+        for axis in axes:
+            axis.set_xlabel("seconds of refining")
         figure.legend(loc="outside upper center", frameon=False, fontsize=8.5, ncols=6)
         return _svg(figure)
 

@@ -106,13 +106,18 @@ def run(
         refined = refine_merged(work, parents, proxies, merged)
         baselines = average_weights(work, parents, symmetry, evidence, inputs)
         oracles = merge_real(work, parents, symmetry, real)
-        rows = evaluate_all(work, parents, tasks, baselines, merged, refined, oracles, _caution(symmetry))
+        caution = _caution(symmetry)
+        rows, curves = evaluate_all(work, parents, tasks, baselines, merged, refined, oracles, caution)
         with work.progress.stage("report"):
             results = _results(work, parents, symmetry, proxies, merged, rows)
             seconds = time.perf_counter() - started
             record = _record(work, parents, proxies, real, seconds, command)
             record["proxies"]["diagnosis"] = looks
-            record["refine"] = {one.point.label: one.refined for one in refined if one.refined}
+            record["refine"] = {
+                one.point.label: {**one.refined, "curve": curves.get(one.point, [])}
+                for one in refined
+                if one.refined
+            }
             final = refined or merged
             artefacts = _write(work, out, parents, proxies, final, results, record, overwrite, export)
     return Outcome(out, artefacts, final, results, record)

@@ -145,6 +145,8 @@ class RefineSpec(Spec):
 
     augment: shift: moved a little and mirrored; light: kornia's crops, mirrors and colours, as for proxies; none
     fresh: new proxies while training, for recipes with a source of kind: inversion; they count as proxies of that kind
+    curve: how often, evenly over the run, a network is kept for the report's curve of accuracy, 0: no curve. The test
+        images are looked at when all networks are final
     """
 
     steps: int | None = Field(default=None, ge=1)
@@ -165,6 +167,7 @@ class RefineSpec(Spec):
     patience: int | None = Field(default=None, ge=1)
     augment: Literal["shift", "light", "none"] = "shift"
     fresh: FreshSpec | None = None
+    curve: int = Field(default=5, ge=0, le=20)
 
     @model_validator(mode="after")
     def _steps_or_minutes(self) -> RefineSpec:

@@ -18,6 +18,8 @@ from datafree.stages.parents import Parents
 from datafree.stages.work import Work
 from datafree.store import Stage, content_hash
 
+Curves = Mapping[Point, list[dict[str, float | None]]]  # seconds of refining, task average, joint accuracy
+
 
 class BothParents(nn.Module):
     """The ensemble as a network of the merged network's input, whatever the parents' own normalisation."""
@@ -49,15 +51,20 @@ def evaluate_all(
     refined: Sequence[Merged],
     oracles: Sequence[Merged],
     note: str,
-) -> tuple[Row, ...]:
-    """Every network on every task it can answer. note: what the reader must know of the baselines"""
+) -> tuple[tuple[Row, ...], Curves]:
+    """Every network on every task it can answer, and how refining got there.
+
+    note: what the reader must know of the baselines
+    """
     with work.progress.stage("evaluation"):
         judge, rows = Judge.with_parents(work, parents, tasks)
         rows += [judge.row(name, result, note=note) for name, result in baselines.items()]
         rows += [judge.row("merged", one.result, one.point) for one in merged]
         rows += [judge.row("refined", one.result, one.point, note=_verdict(one)) for one in refined]
         rows += [judge.row("oracle", one.result, one.point) for one in oracles]
-    return tuple(rows)
+        starts = {row.point: row.evaluation for row in rows if row.name == "merged"}
+        curves = {one.point: judge.curve(one, starts[one.point]) for one in refined if one.snapshots}
+    return tuple(rows), curves
 
 
 def _verdict(one: Merged) -> str:
@@ -106,6 +113,13 @@ class Judge:
     def row(self, name: str, result: pleas.MergeResult, point: Point | None = None, note: str = "") -> Row:
         evaluation = self.score(result.module, self.columns, self.parents.input)
         return Row(name, result.flops, result.ratio, result.parameters, evaluation, point, note)
+
+    def curve(self, one: Merged, start: Evaluation) -> list[dict[str, float | None]]:
+        """Accuracy of a network against seconds of refining, from what was kept of it on the way."""
+        looks = [(0.0, start)]
+        for taken in one.snapshots:
+            looks.append((taken.seconds, self.score(taken.module, self.columns, self.parents.input)))
+        return [{"seconds": at, "average": found.average, "joint": found.joint} for at, found in looks]
 
     def score(self, module: nn.Module, columns: Columns, preprocess: Preprocess) -> Evaluation:
         """As `evaluate`, from the store where this network met these images before."""

@@ -22,6 +22,7 @@ from datafree.stages.work import Work
 from datafree.store import Stage
 from pleas.layers import find_layers
 from pleas.plan import output_places
+from pleas.refine import Snapshot
 from pleas.solve import check_rows as pleas_check_rows
 from pleas.statistics import needs_second_pass
 from pleas.symmetry import identity
@@ -44,6 +45,7 @@ class Merged:
     point: Point
     result: pleas.MergeResult
     refined: Mapping[str, Any] | None = None  # what refining did, where it was asked for
+    snapshots: tuple[Snapshot, ...] = ()  # the network on its way there
 
 
 def check_rows(work: Work, symmetry: pleas.Symmetry, images: int) -> None:

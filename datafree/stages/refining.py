@@ -31,6 +31,7 @@ from pleas.refine import (
     RefineResult,
     RefineSettings,
     Renew,
+    Snapshot,
     feature_layers,
     kind_of_outputs,
     refine,
@@ -88,7 +89,7 @@ def _left(work: Work, one: Merged) -> Merged:
 
 
 def _settings(work: Work, spec: RefineSpec) -> RefineSettings:
-    chosen = spec.model_dump(exclude={"augment", "fresh"})
+    chosen = spec.model_dump(exclude={"augment", "fresh", "curve"})
     rounds = 0 if spec.fresh is None else spec.fresh.rounds
     return RefineSettings(**chosen, renewals=rounds, seed=derive_seed(work.seed, "refine"))
 
@@ -128,6 +129,7 @@ def _refine_one(
 ) -> Merged:
     spec = work.recipe.recipe.refine
     assert spec is not None
+    curve = spec.curve if work.recipe.recipe.evaluate else 0
     meaning = {
         "parents": parents.fingerprint,
         "images": proxies.fingerprint,
@@ -136,22 +138,39 @@ def _refine_one(
         "settings": asdict(settings),
         "augment": spec.augment,
         "fresh": None if spec.fresh is None else spec.fresh.model_dump(),
+        "curve": curve,
         "labels": work.recipe.recipe.labels,
         "device": work.device.type,
         "torch": torch.__version__,
     }
 
     def make() -> Stage:
-        found = _run(work, parents, images, one, spec, settings, meaning)
-        return Stage(dict(found.module.state_dict()), _told(found))
+        found = _run(work, parents, images, one, spec, settings, curve, meaning)
+        modules = {"": found.module} | {f"{i}/": taken.module for i, taken in enumerate(found.snapshots)}
+        tensors = {
+            prefix + name: tensor
+            for prefix, module in modules.items()
+            for name, tensor in module.state_dict().items()
+        }
+        return Stage(tensors, _told(found))
 
     stage = work.finished("refined", meaning, make)
     work.forget("refining", meaning)
-    module = copy.deepcopy(one.result.module)
-    module.load_state_dict(dict(stage.tensors))
     for note in stage.value["notes"]:
         work.progress.note(f"{one.point.label}: {note}")
-    return Merged(one.point, replace(one.result, module=module), refined=stage.value)
+    snapshots = tuple(
+        Snapshot(taken["step"], taken["seconds"], _with_state(one.result.module, stage.tensors, f"{i}/"))
+        for i, taken in enumerate(stage.value["snapshots"])
+    )
+    module = _with_state(one.result.module, stage.tensors, "")
+    return Merged(one.point, replace(one.result, module=module), refined=stage.value, snapshots=snapshots)
+
+
+def _with_state(module: nn.Module, tensors: Mapping[str, Tensor], prefix: str) -> nn.Module:
+    """A copy of `module` with the tensors whose names start with `prefix`."""
+    result = copy.deepcopy(module)
+    result.load_state_dict({name: tensors[prefix + name] for name in result.state_dict()})
+    return result
 
 
 def _run(
@@ -161,6 +180,7 @@ def _run(
     one: Merged,
     spec: RefineSpec,
     settings: RefineSettings,
+    curve: int,
     meaning: Mapping[str, Any],
 ) -> RefineResult:
     features = None
@@ -186,6 +206,7 @@ def _run(
         augment=AUGMENT[spec.augment],
         renew=renew,
         features=features,
+        snapshots=curve,
         device=work.device,
         state=None if kept is None else _joined(kept.value, kept.tensors),
         checkpoint=lambda state: work.keep("refining", meaning, *_parted(state)),
@@ -206,6 +227,7 @@ def _told(found: RefineResult) -> dict[str, Any]:
         "start": asdict(found.start),
         "refined": asdict(found.refined),
         "history": [asdict(check) for check in found.history],
+        "snapshots": [{"step": taken.step, "seconds": taken.seconds} for taken in found.snapshots],
         "notes": [*found.notes, *verdict],
     }
 

@@ -3,7 +3,7 @@
 from pleas.refine.distil import Evidence, kind_of_outputs
 from pleas.refine.features import Features, feature_layers
 from pleas.refine.settings import RefineSettings
-from pleas.refine.training import Check, RefineResult, Renew, refine
+from pleas.refine.training import Check, RefineResult, Renew, Snapshot, refine
 from pleas.refine.views import Augment, shift_and_flip
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "RefineResult",
     "RefineSettings",
     "Renew",
+    "Snapshot",
     "feature_layers",
     "kind_of_outputs",
     "refine",

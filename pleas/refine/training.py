@@ -28,7 +28,7 @@ from pleas.refine.views import Augment, Batches, shift_and_flip, split_off
 Progress = Callable[[str, int, int], None]
 Renew = Callable[[nn.Module, int], Tensor]
 
-FORMAT = 2
+FORMAT = 3
 MIN_HELD_OUT = 16
 DIVERGED = 3.0  # a held-out loss this many times the start's and that of a network blind to its input
 _AT_ONCE = 256  # images judged in one forward pass
@@ -47,12 +47,22 @@ class Check:
 
 
 @dataclass(frozen=True)
+class Snapshot:
+    """The network part of the way through the run: what a shorter one on the same schedule would have left."""
+
+    step: int
+    seconds: float
+    module: nn.Module
+
+
+@dataclass(frozen=True)
 class RefineResult:
     """The refined module, and the evidence for it on the held-out images.
 
     kept:    "refined", or "start" where refining did not bring the network closer to its parents
     start:   evidence of the module that was given        refined: of the best one that training reached
     history: every check; the first is the start
+    snapshots: the network on its way, evenly over the run, whatever was kept in the end
     """
 
     module: nn.Module
@@ -64,6 +74,7 @@ class RefineResult:
     seconds: float
     held_out: int
     notes: tuple[str, ...]
+    snapshots: tuple[Snapshot, ...] = ()
 
 
 def refine(
@@ -80,6 +91,7 @@ def refine(
     augment: Augment | None = shift_and_flip,
     renew: Renew | None = None,
     features: Features | None = None,
+    snapshots: int = 0,
     device: torch.device | str = "cpu",
     state: State | None = None,
     checkpoint: Callable[[State], None] | None = None,
@@ -95,6 +107,8 @@ def refine(
     renew:       (the network as it is, number of the renewal from 1 on) -> new images, uint8 (N, C, H, W), for
                  settings.renewals; a pure function, so that a resumed run gets the same
     features:    which inner activations are compared, for settings.feature_weight
+    snapshots:   how often, evenly over the run, the network is kept beside the best one, settings.checks at most:
+                 for looking at it afterwards, nothing in the run depends on it
     state:       what `checkpoint` was given last by a run that was interrupted: the run goes on from there,
                  and on a CPU ends with the same bits as one that was not
     progress:    called with (what there is to say, done, total), in steps, or seconds with settings.minutes
@@ -108,6 +122,10 @@ def refine(
     if settings.feature_weight and features is None:
         raise InputError(
             f"feature_weight = {settings.feature_weight:g} needs to know which units are matched: give `features`"
+        )
+    if not 0 <= snapshots <= settings.checks:
+        raise InputError(
+            f"snapshots = {snapshots}: one is taken at a check, so 0 to checks = {settings.checks}"
         )
     device = torch.device(device)
     train, held = _divided(images, settings)
@@ -128,7 +146,7 @@ def refine(
     batches = Batches(train, settings.batch, settings.seed, augment, settings.views, settings.mix)
     listens = features.to(device) if features is not None and settings.feature_weight else None
     lesson = _Lesson(batches, parents, judge.objective, normalise, settings, device, learner.layout, listens)
-    run = _Run(learner, lesson, judge, start, renew, progress)
+    run = _Run(learner, lesson, judge, start, renew, progress, snapshots)
     identity = {**asdict(settings), "images": list(images.shape), "heads": heads}
     if state is not None:
         _check_state(state, identity)
@@ -145,6 +163,10 @@ def refine(
         seconds=run.seconds,
         held_out=len(held),
         notes=tuple(judge.notes + run.notes),
+        snapshots=tuple(
+            Snapshot(taken["step"], taken["seconds"], with_weights(module, taken["weights"]))
+            for taken in run.snapshots
+        ),
     )
 
 
@@ -295,6 +317,7 @@ class _Run:
         start: Evidence,
         renew: Renew | None,
         progress: Progress | None,
+        snapshots: int,
     ) -> None:
         self._learner, self._lesson, self._judge, self._progress = learner, lesson, judge, progress
         self._renew = renew
@@ -303,6 +326,8 @@ class _Run:
         self.best_weights = learner.averaged()
         self.history = [Check(0, 0.0, 0.0, None, start)]
         self.notes: list[str] = []
+        self.snapshots: list[dict[str, Any]] = []
+        self._wanted = snapshots
         self._setbacks, self._checks = 0, 0
         self._losses: list[float] = []
         self._before, self._since = 0.0, time.perf_counter()
@@ -376,6 +401,10 @@ class _Run:
         self._checks = math.floor(self.done * self._settings.checks)
         if evidence.better_than(self.best, self._start):
             self.best, self.best_weights = evidence, self._learner.averaged()
+        if math.floor(min(self.done, 1.0) * self._wanted) > len(self.snapshots):
+            check = self.history[-1]
+            weights = self._learner.averaged()
+            self.snapshots.append({"step": check.step, "seconds": check.seconds, "weights": weights})
 
     def _patience_is_over(self) -> bool:
         patience = self._settings.patience
@@ -419,6 +448,7 @@ class _Run:
             "best_weights": dict(self.best_weights),
             "history": [asdict(check) for check in self.history],
             "notes": list(self.notes),
+            "snapshots": [{**taken, "weights": dict(taken["weights"])} for taken in self.snapshots],
             "renewed": list(self._lesson.renewed),
             "setbacks": self._setbacks,
             "checks": self._checks,
@@ -433,6 +463,7 @@ class _Run:
             Check(**{**check, "evidence": Evidence(**check["evidence"])}) for check in state["history"]
         ]
         self.notes = list(state["notes"])
+        self.snapshots = [{**taken, "weights": dict(taken["weights"])} for taken in state["snapshots"]]
         self._lesson.go_back(state["renewed"])
         self._setbacks, self._checks = state["setbacks"], state["checks"]
         self._before, self._since = state["seconds"], time.perf_counter()

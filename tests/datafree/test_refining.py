@@ -42,6 +42,22 @@ def test_refined_networks_are_rows_and_artefacts_of_their_own(tiny: Tiny, tmp_pa
         assert torch.equal(loaded(x), expected(x))
 
 
+def test_accuracy_against_refine_time_is_in_the_report(tiny: Tiny, tmp_path: Path) -> None:
+    rows = run(tiny.load(*REFINE), tmp_path / "out").results.rows
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    for label, told in record["refine"].items():
+        curve = told["curve"]
+        assert len(curve) == 6, "the start and five looks"
+        merged = next(row for row in rows if row.label == f"merged, {label}")
+        assert curve[0] == {"seconds": 0, "average": merged.evaluation.average, "joint": None}
+        times = [look["seconds"] for look in curve]
+        assert times == sorted(times)
+        assert times[-1] == told["history"][-1]["seconds"]
+    run(tiny.load(*REFINE, "refine.curve=0"), tmp_path / "without")
+    record = json.loads((tmp_path / "without" / "run.json").read_text())
+    assert all(told["curve"] == [] for told in record["refine"].values())
+
+
 def test_an_interrupted_refining_goes_on_to_the_same_bits(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -97,7 +113,9 @@ def test_a_network_that_is_its_parents_already_is_left_as_it_is(tiny: Tiny, tmp_
 
 
 def test_a_recipe_and_the_library_have_the_same_defaults() -> None:
-    assert RefineSettings(**RefineSpec().model_dump(exclude={"augment", "fresh"})) == RefineSettings()
+    assert (
+        RefineSettings(**RefineSpec().model_dump(exclude={"augment", "fresh", "curve"})) == RefineSettings()
+    )
 
 
 @pytest.mark.parametrize("name", ["shift", "light"])

@@ -169,6 +169,26 @@ def test_resumed_equals_uninterrupted_bit_for_bit(views: int) -> None:
         assert resumed.steps == 30
 
 
+def test_snapshots_show_the_network_on_its_way_and_change_nothing() -> None:
+    states: list[Any] = []
+    plain, whole = run(), run(snapshots=5, checkpoint=states.append)
+    assert same(plain.module, whole.module)
+    assert [taken.step for taken in whole.snapshots] == [6, 12, 18, 24, 30]
+    best = min(range(1, 6), key=lambda i: whole.history[i].evidence.loss)
+    assert same(whole.snapshots[best - 1].module, whole.module)
+    assert not same(whole.snapshots[0].module, whole.snapshots[-1].module)
+    resumed = run(snapshots=5, state=copy.deepcopy(states[1]))
+    for taken, again in zip(whole.snapshots, resumed.snapshots, strict=True):
+        assert taken.step == again.step
+        assert same(taken.module, again.module)
+    assert [taken.step for taken in run(snapshots=2).snapshots] == [18, 30]
+
+
+def test_more_snapshots_than_checks_are_refused() -> None:
+    with pytest.raises(InputError, match=r"snapshots = 6: one is taken at a check, so 0 to checks = 5"):
+        run(snapshots=6)
+
+
 def bright(network: nn.Module, number: int) -> Tensor:
     """New images that depend on the network and the renewal, and on nothing else."""
     with torch.no_grad():
@@ -229,7 +249,7 @@ def test_a_state_of_another_run_is_refused() -> None:
         InputError, match=r"belongs to another run \(rate was 0\.003 and is 0\.001; seed was 0 and is 1\)"
     ):
         run(settings=replace(SHORT, rate=1e-3, seed=1), state=states[0])
-    with pytest.raises(InputError, match=r"format 0, this version reads 2: refine afresh"):
+    with pytest.raises(InputError, match=r"format 0, this version reads 3: refine afresh"):
         run(state={**states[0], "format": 0})
 
 
