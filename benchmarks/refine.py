@@ -318,10 +318,12 @@ class Asked:
     name: str | None
     augment: str
     changes: tuple[str, ...]
+    refine: tuple[str, ...]
 
     @property
     def settings(self) -> RefineSettings:
-        return RefineSettings(steps=STEPS if self.steps is None else self.steps)
+        chosen = dict(_setting(text) for text in self.refine)
+        return replace(RefineSettings(steps=STEPS if self.steps is None else self.steps), **chosen)
 
     def pair(self, name: str) -> Pair:
         return load_pair(name, self.device, self.changes)
@@ -344,6 +346,20 @@ class Asked:
         }
 
 
+def _setting(text: str) -> tuple[str, Any]:
+    """A field of RefineSettings and its value, of KEY=VALUE."""
+    key, _, value = text.partition("=")
+    known = sorted({field.name for field in fields(RefineSettings)} - {"steps", "minutes", "seed"})
+    if key not in known:
+        raise click.BadParameter(f"{key}: known are {', '.join(known)}", param_hint="--refine")
+    try:
+        return key, json.loads(value)
+    except json.JSONDecodeError as error:
+        raise click.BadParameter(
+            f"{text}: {value!r} is no number, true, false or null", param_hint="--refine"
+        ) from error
+
+
 def asking(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command the options of Asked, as `asked`."""
 
@@ -360,6 +376,7 @@ def asking(command: Callable[..., None]) -> Callable[..., None]:
         click.option(
             "--set", "changes", multiple=True, help="KEY=VALUE of the recipe, as for datafree merge."
         ),
+        click.option("--refine", multiple=True, help="KEY=VALUE of RefineSettings, such as views=0."),
     ):
         call = option(call)
     return call
