@@ -323,7 +323,10 @@ class Asked:
     @property
     def settings(self) -> RefineSettings:
         chosen = dict(_setting(text) for text in self.refine)
-        return replace(RefineSettings(steps=STEPS if self.steps is None else self.steps), **chosen)
+        try:
+            return replace(RefineSettings(steps=STEPS if self.steps is None else self.steps), **chosen)
+        except pleas.InputError as error:
+            raise click.UsageError(str(error)) from error
 
     def pair(self, name: str) -> Pair:
         return load_pair(name, self.device, self.changes)
@@ -353,11 +356,14 @@ def _setting(text: str) -> tuple[str, Any]:
     if key not in known:
         raise click.BadParameter(f"{key}: known are {', '.join(known)}", param_hint="--refine")
     try:
-        return key, json.loads(value)
-    except json.JSONDecodeError as error:
+        number = json.loads(value)
+    except json.JSONDecodeError:
+        number = value
+    if isinstance(number, str | list | dict):
         raise click.BadParameter(
             f"{text}: {value!r} is no number, true, false or null", param_hint="--refine"
-        ) from error
+        )
+    return key, number
 
 
 def asking(command: Callable[..., None]) -> Callable[..., None]:

@@ -448,7 +448,7 @@ class _Run:
             "best_weights": dict(self.best_weights),
             "history": [asdict(check) for check in self.history],
             "notes": list(self.notes),
-            "snapshots": [{**taken, "weights": dict(taken["weights"])} for taken in self.snapshots],
+            "snapshots": list(self.snapshots),
             "renewed": list(self._lesson.renewed),
             "setbacks": self._setbacks,
             "checks": self._checks,
@@ -463,7 +463,7 @@ class _Run:
             Check(**{**check, "evidence": Evidence(**check["evidence"])}) for check in state["history"]
         ]
         self.notes = list(state["notes"])
-        self.snapshots = [{**taken, "weights": dict(taken["weights"])} for taken in state["snapshots"]]
+        self.snapshots = list(state["snapshots"])
         self._lesson.go_back(state["renewed"])
         self._setbacks, self._checks = state["setbacks"], state["checks"]
         self._before, self._since = state["seconds"], time.perf_counter()

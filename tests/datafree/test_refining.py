@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import datafree
+from datafree.charts import refine_chart
 from datafree.pipeline import run
 from datafree.recipe import RefineSpec, load_recipe
 from datafree.stages.refining import AUGMENT, _joined, _parted
@@ -43,19 +44,21 @@ def test_refined_networks_are_rows_and_artefacts_of_their_own(tiny: Tiny, tmp_pa
 
 
 def test_accuracy_against_refine_time_is_in_the_report(tiny: Tiny, tmp_path: Path) -> None:
-    rows = run(tiny.load(*REFINE), tmp_path / "out").results.rows
-    record = json.loads((tmp_path / "out" / "run.json").read_text())
-    for label, told in record["refine"].items():
-        curve = told["curve"]
-        assert len(curve) == 6, "the start and five looks"
-        merged = next(row for row in rows if row.label == f"merged, {label}")
-        assert curve[0] == {"seconds": 0, "average": merged.evaluation.average, "joint": None}
-        times = [look["seconds"] for look in curve]
-        assert times == sorted(times)
-        assert times[-1] == told["history"][-1]["seconds"]
+    rows = {
+        row.label: row for row in run(tiny.load(*REFINE, "refine.curve=6"), tmp_path / "out").results.rows
+    }
+    refined = json.loads((tmp_path / "out" / "run.json").read_text())["refine"]
+    for label, told in refined.items():
+        curve, history = told["curve"], told["history"]
+        assert [look["seconds"] for look in curve] == [check["seconds"] for check in history]
+        assert curve[0]["average"] == rows[f"merged, {label}"].evaluation.average
+        best = [check["evidence"] for check in history].index(told["refined"])
+        assert curve[best]["average"] == rows[f"refined, {label}"].evaluation.average
     run(tiny.load(*REFINE, "refine.curve=0"), tmp_path / "without")
-    record = json.loads((tmp_path / "without" / "run.json").read_text())
-    assert all(told["curve"] == [] for told in record["refine"].values())
+    plain = json.loads((tmp_path / "without" / "run.json").read_text())["refine"]
+    assert all(told["curve"] == [] for told in plain.values())
+    pictures = [refine_chart(each) for each in (refined, plain)]
+    assert ["axes_2" in (picture or "") for picture in pictures] == [True, False], "accuracy has its own axes"
 
 
 def test_an_interrupted_refining_goes_on_to_the_same_bits(
