@@ -196,13 +196,16 @@ class Case:
         }
 
 
-def starts(case: Case) -> dict[str, Callable[[], nn.Module]]:
-    """Networks of the merged network's shape at 1.0x: ours, and what a distillation could start from instead."""
+def starts(case: Case, budget: float) -> dict[str, Callable[[], nn.Module]]:
+    """Networks of the merged network's shape: ours, and what a distillation could start from instead.
+
+    Above 1.0x, a start from one network has the units that are kept apart twice over.
+    """
     a, b = case.pair.a.module, case.pair.b.module
     places = identity(case.symmetry)
 
     def average(one: nn.Module, other: nn.Module, matching: pleas.Permutation, repair: bool) -> nn.Module:
-        merged = case.merge(1.0, one, other, matching, least_squares=False)
+        merged = case.merge(budget, one, other, matching, least_squares=False)
         return pleas.reestimate_bn(merged, case.inputs) if repair else merged
 
     def fresh(parent: Any) -> nn.Module:
@@ -212,7 +215,7 @@ def starts(case: Case) -> dict[str, Callable[[], nn.Module]]:
         return built.eval().requires_grad_(False)
 
     return {
-        "merged": lambda: case.merge(1.0),
+        "merged": lambda: case.merge(budget),
         "permutation only": lambda: average(a, b, case.matching, True),
         "plain average": lambda: average(a, b, places, True),
         "parent A": lambda: average(a, _body(case, b, of=a), places, False),
@@ -467,18 +470,19 @@ def _table(rows: Sequence[Row], ceilings: Mapping[str, Row]) -> str:
 
 
 @main.command(name="starts")
+@click.option("--budget", default=1.0, show_default=True)
 @one_case
 @asking
-def compare_starts(pair_name: str, seed: int, only: str | None, asked: Asked) -> None:
+def compare_starts(budget: float, pair_name: str, seed: int, only: str | None, asked: Asked) -> None:
     """The same distillation from other starts, and ours on real images (the oracle)."""
     name, settings = asked.name or f"refine_starts_{pair_name}", asked.settings
     book, case = Notebook(name), asked.case(asked.pair(pair_name), seed)
     oracle = case.pair.recipe.recipe.oracle
-    made = starts(case)
+    made = starts(case, budget)
     labels = among(only, [*made, *(["oracle"] if oracle else [])])
     rows = [
         book.row(
-            asked.run(pair_name, seed, settings, start=label),
+            asked.run(pair_name, seed, settings, budget=budget, start=label),
             lambda make=made[label]: measured(case, make(), settings),
         )
         for label in labels
@@ -487,8 +491,9 @@ def compare_starts(pair_name: str, seed: int, only: str | None, asked: Asked) ->
     if oracle is not None and "oracle" in labels:
         real = load_images(oracle.images, case.pair.recipe.base)
         images = real.batch(range(min(asked.count, len(real))))
-        run = asked.run(pair_name, seed, settings, start=f"merged, refined on {len(images)} real images")
-        rows.append(book.row(run, lambda: measured(case, case.merge(1.0), settings, images)))
+        label = f"merged, refined on {len(images)} real images"
+        run = asked.run(pair_name, seed, settings, budget=budget, start=label)
+        rows.append(book.row(run, lambda: measured(case, case.merge(budget), settings, images)))
     lines = [
         [
             row["run"]["start"],
