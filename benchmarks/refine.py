@@ -244,15 +244,16 @@ def _body(case: Case, network: nn.Module, of: nn.Module) -> nn.Module:
 
 
 class Notebook:
-    """Rows of finished runs in runs/NAME.rows.json, found again by what was run."""
+    """Rows of finished runs, one per line of runs/NAME.rows.jsonl, found again by what was run."""
 
     def __init__(self, name: str) -> None:
-        self._path = PROJECT / "runs" / f"{name}.rows.json"
+        self._path = PROJECT / "runs" / f"{name}.rows.jsonl"
 
     @property
     def rows(self) -> list[Row]:
         """Read anew each time, for runs beside this one write there, too."""
-        return json.loads(self._path.read_text()) if self._path.exists() else []
+        lines = self._path.read_text().splitlines() if self._path.exists() else []
+        return [json.loads(line) for line in lines]
 
     def row(self, run: Row, make: Callable[[], Row]) -> Row:
         for row in self.rows:
@@ -260,7 +261,8 @@ class Notebook:
                 return row
         row = {"run": run, **make()}
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._path.write_text(json.dumps([*self.rows, row], indent=1) + "\n")
+        with self._path.open("a") as file:  # a line at once, so that runs beside this one keep theirs
+            file.write(json.dumps(row) + "\n")
         print(_line(row), flush=True)
         return row
 
