@@ -48,8 +48,6 @@ SEARCH: dict[str, dict[str, Any]] = {
     "batch norms keep their statistics": {"batch_statistics": False},
     "half of the images blended": {"mix": 0.5},
     "all images blended": {"mix": 1.0},
-    "half of the images with a part of another": {"paste": 0.5},
-    "all images with a part of another": {"paste": 1.0},
     "no squared error": {"logit_weight": 0.0},
     "squared error, weight 0.1": {"logit_weight": 0.1},
     "temperature 2": {"temperature": 2.0},

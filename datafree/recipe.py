@@ -163,7 +163,6 @@ class RefineSpec(Spec):
     batch_statistics: bool = True
     views: int = Field(default=512, ge=0)
     mix: float = Field(default=0.0, ge=0, le=1)
-    paste: float = Field(default=0.0, ge=0, le=1)
     holdout: float = Field(default=0.1, gt=0, le=0.5)
     patience: int | None = Field(default=None, ge=1)
     augment: Literal["shift", "light", "none"] = "shift"

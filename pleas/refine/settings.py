@@ -32,7 +32,6 @@ class RefineSettings:
                   answer each of them once; 0: a new batch every step
     mix:          share of a batch whose images are blended with others, so that the network learns what lies
                   between the images of one parent and of the other
-    paste:        share of a batch whose images have a rectangle of another one put over them
     renewals:     how often, evenly over the run, new images are asked for (`refine(renew=...)`), to be trained on
                   beside those there are
     holdout:      share of the images never trained on, on which the result is judged
@@ -56,7 +55,6 @@ class RefineSettings:
     batch_statistics: bool = True
     views: int = 512
     mix: float = 0.0
-    paste: float = 0.0
     renewals: int = 0
     holdout: float = 0.1
     checks: int = 20
@@ -92,11 +90,8 @@ class RefineSettings:
         for name in ("warmup", "average"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"{name} = {getattr(self, name):g}: must be at least 0 and below 1")
-        for name in ("mix", "paste"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InputError(
-                    f"{name} = {getattr(self, name):g}: must be between 0 and 1, a share of every batch"
-                )
+        if not 0 <= self.mix <= 1:
+            raise InputError(f"mix = {self.mix:g}: must be between 0 and 1, a share of every batch")
         if not 0 < self.holdout <= 0.5:
             raise InputError(
                 f"holdout = {self.holdout:g}: must be above 0 and at most 0.5; nothing else says when to stop"

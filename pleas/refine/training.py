@@ -143,9 +143,7 @@ def refine(
         raise NonFinite(
             "the merged network returns NaN or infinity on proxy images before any refining: see the merge"
         )
-    batches = Batches(
-        train, settings.batch, settings.seed, augment, settings.views, settings.mix, settings.paste
-    )
+    batches = Batches(train, settings.batch, settings.seed, augment, settings.views, settings.mix)
     listens = features.to(device) if features is not None and settings.feature_weight else None
     lesson = _Lesson(batches, parents, judge.objective, normalise, settings, device, learner.layout, listens)
     run = _Run(learner, lesson, judge, start, renew, progress, snapshots)

@@ -24,29 +24,22 @@ def generator_for(seed: int, *purpose: str | int) -> torch.Generator:
 class Batches:
     """Augmented batches of `images`, uint8 (N, C, H, W); every image once before any comes again.
 
-    views: different batches before they come round, 0: no limit
-    mix:   share of a batch that is blended      paste: share of it that has a part of another image
+    views: different batches before they come round, 0: no limit      mix: share of a batch that is blended
     """
 
     def __init__(
-        self,
-        images: Tensor,
-        size: int,
-        seed: int,
-        augment: Augment | None,
-        views: int = 0,
-        mix: float = 0.0,
-        paste: float = 0.0,
+        self, images: Tensor, size: int, seed: int, augment: Augment | None, views: int = 0, mix: float = 0.0
     ) -> None:
         self._images, self._size, self._seed = images, size, seed
-        self._augment, self._views, self._mix, self._paste = augment, views, mix, paste
+        self._augment, self._views, self._mix = augment, views, mix
         self._orders: dict[tuple[str, int], Tensor] = {}
 
     def joined_by(self, images: Tensor, renewal: int) -> Batches:
         """Other batches, of these images and the new ones. renewal: which it is, from 1 on."""
         seed = generator_for(self._seed, "renewal", renewal).initial_seed()
-        images = torch.cat([self._images, images])
-        return Batches(images, self._size, seed, self._augment, self._views, self._mix, self._paste)
+        return Batches(
+            torch.cat([self._images, images]), self._size, seed, self._augment, self._views, self._mix
+        )
 
     @property
     def shape(self) -> torch.Size:
@@ -71,7 +64,7 @@ class Batches:
         generator = generator_for(self._seed, "view", number)
         if self._augment is not None:
             images = self._augment(images, generator)
-        return paste(blend(images, self._mix, generator), self._paste, generator)
+        return blend(images, self._mix, generator)
 
     def _order(self, kind: str, lap: int, count: int) -> Tensor:
         if (kind, lap) not in self._orders:
@@ -115,32 +108,6 @@ def blend(images: Tensor, share: float, generator: torch.Generator) -> Tensor:
     part = torch.rand(count, 1, 1, 1, generator=generator)
     blended = (part * images[:count] + (1 - part) * partners).round().to(torch.uint8)
     return torch.cat([blended, images[count:]])
-
-
-def paste(images: Tensor, share: float, generator: torch.Generator) -> Tensor:
-    """A copy in which the last `share` of the images each have a rectangle of another one put over them.
-
-    This is CutMix (arXiv 1905.04899) without labels: the parents say what the collage is. The rectangle has the
-    image's proportions, covers any part of its area alike, and lies anywhere within it.
-    """
-    count = round(share * len(images))
-    if not count:
-        return images
-    first = len(images) - count
-    height, width = images.shape[2:]
-    partners = images[torch.randperm(len(images), generator=generator)[:count]]
-    side = torch.rand(count, generator=generator).sqrt()
-    rows, columns = _stretch(side, height, generator), _stretch(side, width, generator)
-    inside = rows[:, None, :, None] & columns[:, None, None, :]
-    return torch.cat([images[:first], torch.where(inside, partners, images[first:])])
-
-
-def _stretch(share: Tensor, side: int, generator: torch.Generator) -> Tensor:
-    """Per image, which of `side` lines belong to a stretch of this share of them, somewhere: bool (N, side)."""
-    long = (share * side).round()
-    first = (torch.rand(len(share), generator=generator) * (side - long + 1)).floor()
-    places = torch.arange(side)
-    return (places >= first[:, None]) & (places < (first + long)[:, None])
 
 
 def _offsets(count: int, side: int, shift: float, generator: torch.Generator) -> Tensor:

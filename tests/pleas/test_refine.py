@@ -20,7 +20,7 @@ from pleas.module import BlockLayer
 from pleas.refine import Evidence, RefineResult, RefineSettings, refine, shift_and_flip
 from pleas.refine.distil import Objective, heads_of
 from pleas.refine.learner import training_layout
-from pleas.refine.views import Batches, blend, paste, split_off
+from pleas.refine.views import Batches, blend, split_off
 from tests.cases import conv_bn, pooled_head, randomise
 from tests.pleas.test_merge import parents
 from tests.pleas.test_merge import run as merge_case
@@ -326,7 +326,6 @@ def test_minutes_below_one_step() -> None:
         ({"warmup": 1.0}, r"warmup = 1: must be at least 0 and below 1"),
         ({"holdout": 0.0}, r"holdout = 0: .* nothing else says when to stop"),
         ({"mix": 1.5}, r"mix = 1\.5: must be between 0 and 1, a share of every batch"),
-        ({"paste": -0.5}, r"paste = -0\.5: must be between 0 and 1, a share of every batch"),
         ({"patience": 0}, r"patience = 0: must be at least 1 check"),
     ],
 )
@@ -496,24 +495,6 @@ def test_blend_by_loops() -> None:
         exact = part[i] * images[i].double() + (1 - part[i]) * images[order[i]].double()
         assert (blended[i].double() - exact).abs().max() <= 0.5 + 1e-4
     assert torch.equal(blend(images, 0.0, generator), images)
-
-
-def test_paste_puts_one_rectangle_of_another_image_over_each_of_the_last() -> None:
-    images = torch.arange(40, dtype=torch.uint8)[:, None, None, None].expand(40, 3, 12, 20).contiguous()
-    pasted = paste(images, 0.75, torch.Generator().manual_seed(1))
-    assert torch.equal(pasted[:10], images[:10])
-    areas = []
-    for i in range(10, 40):
-        assert torch.equal(pasted[i], pasted[i, :1].expand(3, 12, 20))
-        strange = (pasted[i, 0] != i).nonzero()
-        areas.append(len(strange) / 240)
-        if len(strange):
-            (top, left), (bottom, right) = strange.amin(0).tolist(), strange.amax(0).tolist()
-            assert len(strange) == (bottom - top + 1) * (right - left + 1)
-            assert len(pasted[i, 0, top : bottom + 1, left : right + 1].unique()) == 1
-    assert min(areas) < 0.2 < 0.8 < max(areas)
-    assert 0.3 < sum(areas) / 30 < 0.7
-    assert torch.equal(paste(images, 0.0, torch.Generator()), images)
 
 
 def test_split_is_a_partition() -> None:
