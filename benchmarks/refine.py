@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 import pleas
 from benchmarks.common import PROJECT, Pair, load_pair, markdown, percent, write
+from datafree.errors import UsageError
 from datafree.evaluate import Evaluation
 from datafree.images import load_images
 from datafree.proxy import ProxySpec, build_proxies
@@ -288,8 +289,19 @@ def _numbers(scored: Evaluation) -> Row:
     }
 
 
-def parse(text: str, kind: type) -> list[Any]:
-    return [kind(part) for part in text.split(",")]
+BUDGET = click.FloatRange(1.0, 2.0)
+
+
+class Several(click.ParamType):
+    """Values of one kind, separated by commas."""
+
+    name = "list"
+
+    def __init__(self, kind: click.ParamType) -> None:
+        self._kind = kind
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> list[Any]:
+        return [self._kind.convert(part, param, ctx) for part in value.split(",")]
 
 
 def among(only: str | None, known: Sequence[str]) -> Sequence[str]:
@@ -334,7 +346,10 @@ class Asked:
             raise click.UsageError(str(error)) from error
 
     def pair(self, name: str) -> Pair:
-        return load_pair(name, self.device, self.changes)
+        try:
+            return load_pair(name, self.device, self.changes)
+        except UsageError as error:
+            raise click.UsageError(str(error)) from error
 
     def case(self, pair: Pair, seed: int) -> Case:
         return Case(pair, seed, self.count, self.augment)
@@ -406,10 +421,10 @@ def one_case(command: Callable[..., None]) -> Callable[..., None]:
 
 @main.command()
 @click.option("--pairs", default="cifar_halves,cifar_resnet20,quickstart,disjoint_labels", show_default=True)
-@click.option("--budgets", default="1.0,1.25,1.5", show_default=True)
-@click.option("--seeds", default="0,1,2", show_default=True)
+@click.option("--budgets", default="1.0,1.25,1.5", show_default=True, type=Several(BUDGET))
+@click.option("--seeds", default="0,1,2", show_default=True, type=Several(click.IntRange(min=0)))
 @asking
-def table(pairs: str, budgets: str, seeds: str, asked: Asked) -> None:
+def table(pairs: str, budgets: Sequence[float], seeds: Sequence[int], asked: Asked) -> None:
     """Least squares and refined, for every pair, budget and seed."""
     name, settings = asked.name or "refine", asked.settings
     book = Notebook(name)
@@ -418,9 +433,9 @@ def table(pairs: str, budgets: str, seeds: str, asked: Asked) -> None:
     for pair_name in pairs.split(","):
         pair = asked.pair(pair_name)
         ceilings[pair_name] = _ceiling(pair)
-        for seed in parse(seeds, int):
+        for seed in seeds:
             case = asked.case(pair, seed)
-            for budget in parse(budgets, float):
+            for budget in budgets:
                 run = asked.run(pair_name, seed, settings, budget=budget)
                 chosen.append(
                     book.row(
@@ -470,7 +485,7 @@ def _table(rows: Sequence[Row], ceilings: Mapping[str, Row]) -> str:
 
 
 @main.command(name="starts")
-@click.option("--budget", default=1.0, show_default=True)
+@click.option("--budget", default=1.0, show_default=True, type=BUDGET)
 @one_case
 @asking
 def compare_starts(budget: float, pair_name: str, seed: int, only: str | None, asked: Asked) -> None:
