@@ -1,19 +1,19 @@
 """Tensors that no least squares covers: merged by averaging over matched units.
 
 What matters is whether a tensor is multiplied into activations. A weight reads units, and a fused unit's weight on
-a unit that only A keeps counts half (design 5). Everything else (biases, scales, positional embeddings, tables of
+a unit that only A keeps counts half. Everything else (biases, scales, positional embeddings, tables of
 relative positions) belongs to units, and an entry that belongs to a unit of A alone is A's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, fx
 
 from pleas.layers import CONVOLUTION, LINEAR
-from pleas.layout import A_ONLY, B_ONLY, plain_layout
+from pleas.layout import Layout, plain_layout
 from pleas.solve import partial_merge
 from pleas.symmetry import Symmetry
 from pleas.symmetry.program import Program
@@ -32,18 +32,18 @@ _PRODUCTS = {
 
 def average(
     name: str,
-    states: tuple[Mapping[str, Tensor], Mapping[str, Tensor]],
+    states: Sequence[Mapping[str, Tensor]],
     symmetry: Symmetry,
     layouts: Layouts,
     weights: frozenset[str],
 ) -> Tensor:
-    """The merged tensor; B's state is aligned. weights: what `contracted` gives."""
-    a, b = (state[name] for state in states)
-    if not a.is_floating_point():
-        return a.clone()
-    if name in weights and a.dim() > 1:
-        return _averaged_weight(name, a, b, symmetry, layouts)
-    return _averaged_table(name, a, b, layouts)
+    """The merged tensor of parents whose units are aligned. weights: what `contracted` gives."""
+    own = [state[name] for state in states]
+    if not own[0].is_floating_point():
+        return own[0].clone()
+    if name in weights and own[0].dim() > 1:
+        return _averaged_weight(name, own, symmetry, layouts)
+    return _averaged_table(name, own, layouts)
 
 
 def contracted(program: Program) -> frozenset[str]:
@@ -76,30 +76,37 @@ def _activations(graph: fx.Graph) -> set[fx.Node]:
     return found
 
 
-def _averaged_weight(name: str, a: Tensor, b: Tensor, symmetry: Symmetry, layouts: Layouts) -> Tensor:
+def _averaged_weight(name: str, own: Sequence[Tensor], symmetry: Symmetry, layouts: Layouts) -> Tensor:
     outputs = layouts.axis(name, 0)
     # The rows of a grouped weight carry the groups; its inner axis does not grow.
     grouped = symmetry.groups.get(name, 1) > 1
-    inputs = plain_layout(a.shape[1]) if grouped else layouts.axis(name, 1)
-    flat = [x.double().reshape(x.shape[0], x.shape[1], -1).movedim(1, 2) for x in (a, b)]
-    merged = partial_merge(flat[0], flat[1], inputs, outputs).movedim(2, 1)
-    return merged.reshape(outputs.size, inputs.size, *a.shape[2:]).to(a.dtype)
+    inputs = plain_layout(own[0].shape[1], len(own)) if grouped else layouts.axis(name, 1)
+    flat = [x.double().reshape(x.shape[0], x.shape[1], -1).movedim(1, 2) for x in own]
+    merged = partial_merge(flat, inputs, outputs).movedim(2, 1)
+    return merged.reshape(outputs.size, inputs.size, *own[0].shape[2:]).to(own[0].dtype)
 
 
-def _averaged_table(name: str, a: Tensor, b: Tensor, layouts: Layouts) -> Tensor:
-    """Entries of A's units are A's, of B's units B's, of fused units the mean; an entry between the two is 0."""
-    only_a = torch.zeros((), dtype=torch.bool)
-    only_b = torch.zeros((), dtype=torch.bool)
-    merged = [a.double(), b.double()]
-    for dim in range(a.dim()):
-        layout = layouts.axis(name, dim)
-        if not layout.widened:
-            continue
-        shape = [-1 if other == dim else 1 for other in range(a.dim())]
-        only_a = only_a | (layout.kind == A_ONLY).view(shape)
-        only_b = only_b | (layout.kind == B_ONLY).view(shape)
-        # An output of one parent's head may have no such position in the other: its coefficient is zero.
-        merged = [x.index_select(dim, layout.source.clamp_max(x.shape[dim] - 1)) for x in merged]
-    mix_a = torch.where(only_a, 1.0, torch.where(only_b, 0.0, 0.5)).double()
-    mixed = mix_a * merged[0] + (1 - mix_a) * merged[1]
-    return torch.where(only_a & only_b, 0.0, mixed).to(a.dtype)
+def _averaged_table(name: str, own: Sequence[Tensor], layouts: Layouts) -> Tensor:
+    """An entry is the mean over the parents that own it along every axis, and 0 where there is none."""
+    found = {dim: layouts.axis(name, dim) for dim in range(own[0].dim())}
+    return mean_of_owners(own, {dim: layout for dim, layout in found.items() if not layout.plain})
+
+
+def mean_of_owners(values: Sequence[Tensor], layouts: Mapping[int, Layout]) -> Tensor:
+    """One tensor of merged units from aligned parents' tensors of their own; layouts: of the dimensions that differ."""
+    if not layouts:
+        return sum(values[1:], values[0]) / len(values)
+    total, count = None, None
+    for parent, value in enumerate(values):
+        held = torch.ones((), dtype=value.dtype, device=value.device)
+        for dim, layout in layouts.items():
+            shape = [-1 if other == dim else 1 for other in range(value.dim())]
+            held = held * (layout.masks >> parent & 1).to(value).view(shape)
+            # A parent that is no owner may have no such position: whatever stands there counts for nothing.
+            index = layout.sources[parent].clamp_max(value.shape[dim] - 1)
+            value = value.index_select(dim, index.to(value.device))
+        total = value * held if total is None else total + value * held
+        count = held if count is None else count + held
+    assert total is not None
+    assert count is not None
+    return total / count.clamp_min(1)

@@ -1,59 +1,30 @@
-"""What a merge is compared with: the ensemble, the plain average and the permutation alone."""
+"""What a merge is compared with: the ensemble; and what weight averages need, batch norms re-estimated."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from pleas.errors import InputError
 from pleas.layers import BATCH_NORM
-from pleas.symmetry import Permutation, Symmetry, permute_state, state_of
 
 
 class Ensemble(nn.Module):
-    """Both parents side by side: the mean of their logits, or with separate heads both, A's first. Twice the
-    cost."""
+    """All parents side by side: the mean of their logits, or with separate heads all of them, in order. As many times
+    the cost."""
 
-    def __init__(self, a: nn.Module, b: nn.Module, heads: str = "shared") -> None:
+    def __init__(self, *parents: nn.Module, heads: str = "shared") -> None:
         super().__init__()
-        self.a, self.b, self.heads = a, b, heads
+        self.parents, self.heads = nn.ModuleList(parents), heads
 
-    def forward(self, x: Tensor, x_b: Tensor | None = None) -> Tensor:
-        """x_b: the images as B sees them, where the parents normalise differently."""
-        outputs = self.a(x), self.b(x if x_b is None else x_b)
-        return torch.cat(outputs, -1) if self.heads == "separate" else (outputs[0] + outputs[1]) / 2
-
-
-def plain_average(symmetry: Symmetry, a: nn.Module, b: nn.Module) -> nn.Module:
-    """The mean of the parents' weights, unit by unit as they come: the baseline that usually fails."""
-    return _average(symmetry, a, state_of(symmetry.program, b))
-
-
-def permutation_only(symmetry: Symmetry, matching: Permutation, a: nn.Module, b: nn.Module) -> nn.Module:
-    """The mean of A's weights and B's matched ones (Git Re-Basin, without least squares)."""
-    return _average(symmetry, a, permute_state(symmetry, state_of(symmetry.program, b), matching))
-
-
-def _average(symmetry: Symmetry, a: nn.Module, b: Mapping[str, Tensor]) -> nn.Module:
-    program = symmetry.program
-    merged = copy.deepcopy(a)
-    state = merged.state_dict()
-    for name in (*program.parameters, *program.buffers):
-        if name in program.added or not state[name].is_floating_point():
-            continue
-        if state[name].shape != b[name].shape:
-            raise InputError(
-                f"'{name}' is {tuple(state[name].shape)} in A and {tuple(b[name].shape)} in B: "
-                "weights of different shapes have no average. With different label sets, average the "
-                "parents without their heads."
-            )
-        state[name] = (state[name] + b[name]) / 2
-    merged.load_state_dict(state)
-    return merged.eval()
+    def forward(self, x: Tensor, *others: Tensor) -> Tensor:
+        """others: the images as the second and further parents see them, where they normalise differently."""
+        seen = (x, *others) if others else (x,) * len(self.parents)
+        outputs = [parent(own) for parent, own in zip(self.parents, seen, strict=True)]
+        return torch.cat(outputs, -1) if self.heads == "separate" else sum(outputs[1:], outputs[0]) / len(outputs)
 
 
 def reestimate_bn(module: nn.Module, batches: Iterable[Tensor]) -> nn.Module:

@@ -1,8 +1,8 @@
 """Layers across units: a linear map over tokens (MLP-Mixer) acts on a transposed tensor, so that its rows are units.
 
-Elsewhere a row is one image at one position, the same for both parents. Here the rows of the two parents stand in
-different orders until the units are matched, and their joint moments mean nothing. What needs no order is the mean
-over the rows: matching reads that, and a second pass pairs the rows of the matched parents.
+Elsewhere a row is one image at one position, the same for all parents. Here the rows of the parents stand in different
+orders until the units are matched. What needs no order is the mean over the rows: matching reads that. The solve runs
+parents whose units are matched already, so that it can pair the rows.
 """
 
 from __future__ import annotations
@@ -11,53 +11,32 @@ from torch import fx
 
 from pleas.errors import UnsupportedModel
 from pleas.layers import BatchNorm, Layer, find_layers, find_norms
-from pleas.rows import is_wide
+from pleas.solve import is_wide
 from pleas.symmetry import Symmetry
 
-Crossed = dict[str, tuple[int, ...]]  # node -> dimensions of its input, beside the channels, that hold units
+
+def crossed_dims(symmetry: Symmetry, value: fx.Node, channels: int) -> tuple[int, ...]:
+    """Dimensions of a value, beside that of its channels, along which units that may be permuted vary."""
+    own = channels % value.meta["val"].dim()
+    return tuple(d for d in sorted(symmetry.spread(value.name, symmetry.output)) if d != own)
 
 
-def crossed_nodes(symmetry: Symmetry) -> Crossed:
-    """The nodes of layers whose rows are units of classes that may be permuted.
-
-    Raises UnsupportedModel where such rows cannot be told from images, or the statistics have no place for them.
-    """
+def check_rows_are_images(symmetry: Symmetry) -> None:
+    """Raise UnsupportedModel where the rows of a layer cannot be told from images, or are too many to keep."""
     nodes = {node.name: node for node in symmetry.program.graph.nodes}
-    found: Crossed = {}
     for layer in find_layers(symmetry.program):
         channels = 1 if layer.is_convolution else -1
         for name in layer.nodes:
-            dims = _dims(symmetry, nodes[name], channels)
+            dims = crossed_dims(symmetry, nodes[name].args[0], channels)  # type: ignore[arg-type]
             if dims and is_wide(layer):
                 raise _refuse(
                     layer, nodes[name], "has too many inputs for second moments and units as its rows"
                 )
             if 0 in dims:
                 raise _refuse(layer, nodes[name], "has units in its batch dimension")
-            if dims:
-                found[name] = dims
     for norm in find_norms(symmetry.program):
-        if _dims(symmetry, nodes[norm.node], 1):
+        if crossed_dims(symmetry, nodes[norm.node].args[0], 1):  # type: ignore[arg-type]
             raise _refuse(norm, nodes[norm.node], "stands alone and has units as its positions")
-    return found
-
-
-def crossed_layers(symmetry: Symmetry) -> tuple[Layer, ...]:
-    """The layers of these nodes."""
-    crossed = crossed_nodes(symmetry)
-    return tuple(x for x in find_layers(symmetry.program) if any(node in crossed for node in x.nodes))
-
-
-def needs_matching(symmetry: Symmetry) -> tuple[Layer, ...]:
-    """The layers whose statistics take a second pass, once the units are matched: grouped and crossed ones."""
-    crossed = {layer.name for layer in crossed_layers(symmetry)}
-    return tuple(x for x in find_layers(symmetry.program) if x.groups > 1 or x.name in crossed)
-
-
-def _dims(symmetry: Symmetry, node: fx.Node, channels: int) -> tuple[int, ...]:
-    source: fx.Node = node.args[0]  # type: ignore[assignment]
-    own = channels % source.meta["val"].dim()
-    return tuple(d for d in sorted(symmetry.spread(source.name, symmetry.output)) if d != own)
 
 
 def _refuse(site: Layer | BatchNorm, node: fx.Node, why: str) -> UnsupportedModel:

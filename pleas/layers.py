@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
+from pleas.errors import InputError
 from pleas.symmetry import Program
 
 State = Mapping[str, Tensor]
@@ -52,6 +53,18 @@ class BatchNorm:
         if self.bias is not None:
             shift = shift + state[self.bias].double()
         return scale, shift
+
+    def unfolded(self, scale: Tensor, shift: Tensor, state: State) -> Mapping[str, Tensor]:
+        """The tensors that give this scale and shift beside the running statistics of `state`.
+
+        Raises InputError for a batch norm without affine parameters, which has nothing to put them in.
+        """
+        if self.weight is None or self.bias is None:
+            raise InputError(
+                f"batch norm '{self.name}' has no affine parameters and stands alone: it cannot be merged"
+            )
+        spread = (state[self.var].to(scale) + self.eps).sqrt()
+        return {self.weight: scale * spread, self.bias: shift + scale * state[self.mean].to(scale)}
 
 
 @dataclass(frozen=True)
@@ -193,6 +206,12 @@ def batch_norm(node: fx.Node) -> BatchNorm | None:
         return None
     weight, bias, mean, var = names
     return BatchNorm(node.name, weight, bias, str(mean), str(var), float(node.args[6]))  # type: ignore[arg-type]
+
+
+def batch_dim(node: fx.Node) -> int:
+    """The dimension of a value that grows with the batch: 1 where tokens come first, 0 where none is known to."""
+    shape = node.meta["val"].shape
+    return next((d for d, size in enumerate(shape) if not isinstance(size, int)), 0)
 
 
 def layer_rows(layer: Layer, inputs: Tensor, positions: Tensor | None) -> Tensor:

@@ -1,17 +1,15 @@
-"""Which unit of B plays the part of which unit of A: similarities of units, then linear assignment (design
-4)."""
+"""Which unit of one parent plays the part of which unit of another: similarities of units, then linear assignment."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 
 import torch
 from scipy.optimize import linear_sum_assignment
-from torch import Tensor, nn
+from torch import Tensor
 
-from pleas.layers import Layer, find_layers
-from pleas.rows import is_wide, output_covariance
-from pleas.settings import MergeSettings
+from pleas.parents import Parents
 from pleas.statistics import Statistics
 from pleas.symmetry import (
     Axis,
@@ -19,89 +17,142 @@ from pleas.symmetry import (
     Symmetry,
     UnitClass,
     UnitPermutation,
+    compose,
     identity,
+    inverse,
     permute_state,
-    state_of,
+    position_maps,
 )
 
 AxisName = tuple[str, int]
+Similarities = Mapping[AxisName, Tensor]
 DEAD = 1e-12  # relative variance below which a unit is constant
+SWEEPS = 20  # of the alternation between three parents or more, at most
 
 
-def match(
-    symmetry: Symmetry, statistics: Statistics, a: nn.Module, b: nn.Module, settings: MergeSettings
-) -> Permutation:
-    """The permutation of B's units that lines them up with A's, class by class.
+def match(parents: Parents, statistics: Statistics | None) -> tuple[Permutation, ...]:
+    """For every parent the permutation of its units that lines them up with the first parent's, class by class.
 
     Activation matching maximises the correlation of units, summed over every layer that reads or writes the
-    class. Weight matching needs no statistics. Output units are never permuted: their order is the label
-    order.
+    class and over all pairs of parents. Weight matching needs no statistics. Output units are never permuted: their
+    order is the label order.
     """
-    program = symmetry.program
-    if settings.matching == "weight":
-        return match_weights(symmetry, state_of(program, a), state_of(program, b))
-    similarities = activation_similarities(symmetry, statistics, a, b)
-    chosen = [
-        _leave(unit_class) if index in symmetry.output else _assign(unit_class, similarities)[0]
-        for index, unit_class in enumerate(symmetry.classes)
-    ]
-    return tuple(chosen)
+    if parents.settings.matching == "weight":
+        return _to_a_common_order(parents, _WeightPairs(parents))
+    assert statistics is not None
+    return _to_a_common_order(parents, _ActivationPairs(parents, statistics))
+
+
+class _ActivationPairs:
+    """Assignments of one parent to another from the correlations of their units."""
+
+    def __init__(self, parents: Parents, statistics: Statistics) -> None:
+        self.symmetry = parents.symmetry
+        self._blocks = {
+            pair: activation_similarities(statistics, parents.count, *pair)
+            for pair in itertools.permutations(range(parents.count), 2)
+            if pair[0] < pair[1]
+        }
+
+    def similarities(self, p: int, q: int) -> Similarities:
+        """Every position of p against every position of q."""
+        if p < q:
+            return self._blocks[p, q]
+        return {axis: block.T for axis, block in self._blocks[q, p].items()}
+
+    def assign(self, p: int, q: int) -> tuple[Permutation, float]:
+        """The units of q that play the parts of p's, and the total similarity."""
+        return self._assign(self.similarities(p, q))
+
+    def reassign(self, q: int, others: Mapping[int, Permutation]) -> tuple[Permutation, float]:
+        """The units of q against the sum of all others, which are in the common order."""
+        total: dict[AxisName, Tensor] = {}
+        for p, permutation in others.items():
+            maps = position_maps(self.symmetry, permutation)
+            for axis, block in self.similarities(p, q).items():
+                aligned = block.index_select(0, maps[axis]) if axis in maps else block
+                total[axis] = total[axis] + aligned if axis in total else aligned
+        return self._assign(total)
+
+    def _assign(self, similarities: Similarities) -> tuple[Permutation, float]:
+        chosen, value = [], 0.0
+        for index, unit_class in enumerate(self.symmetry.classes):
+            if index in self.symmetry.output:
+                chosen.append(_leave(unit_class))
+                continue
+            best, found = _assign(unit_class, similarities)
+            chosen.append(best)
+            value += found
+        return tuple(chosen), value
+
+
+class _WeightPairs:
+    """The same from the weights alone."""
+
+    def __init__(self, parents: Parents) -> None:
+        self.symmetry, self._states = parents.symmetry, parents.states
+
+    def assign(self, p: int, q: int) -> tuple[Permutation, float]:
+        return match_weights(self.symmetry, self._states[p], self._states[q])
+
+    def reassign(self, q: int, others: Mapping[int, Permutation]) -> tuple[Permutation, float]:
+        aligned = [permute_state(self.symmetry, self._states[p], chosen) for p, chosen in others.items()]
+        total = {name: _sum([state[name] for state in aligned]) for name in aligned[0]}
+        return match_weights(self.symmetry, total, self._states[q])
+
+
+def _sum(tensors: Sequence[Tensor]) -> Tensor:
+    same = [x for x in tensors if x.shape == tensors[0].shape]
+    return sum(same[1:], same[0]) if same[0].is_floating_point() else same[0]
+
+
+def _to_a_common_order(
+    parents: Parents, pairs: _ActivationPairs | _WeightPairs
+) -> tuple[Permutation, ...]:
+    """Two parents are assigned once. More: everybody to the parent that resembles the others most, then each in turn to
+    the sum of all others until the total stops rising (as MergeMany of arXiv 2209.04836). All are in one order at every
+    moment, so the matching is consistent around every cycle.
+    """
+    symmetry, count = parents.symmetry, parents.count
+    if count == 2:
+        return identity(symmetry), pairs.assign(0, 1)[0]
+    found = {(p, q): pairs.assign(p, q) for p, q in itertools.permutations(range(count), 2)}
+    best = max(range(count), key=lambda p: sum(found[p, q][1] for q in range(count) if q != p))
+    chosen = [identity(symmetry) if q == best else found[best, q][0] for q in range(count)]
+    before = float("-inf")
+    for _ in range(SWEEPS):
+        total = 0.0
+        for q in range(count):
+            chosen[q], value = pairs.reassign(q, {p: chosen[p] for p in range(count) if p != q})
+            total += value
+        if total <= before + 1e-9 * abs(total):
+            break
+        before = total
+    back = inverse(chosen[0])  # into the first parent's own order
+    return tuple(compose(back, permutation) for permutation in chosen)
 
 
 def activation_similarities(
-    symmetry: Symmetry, statistics: Statistics, a: nn.Module, b: nn.Module
+    statistics: Statistics, count: int, p: int = 0, q: int = 1
 ) -> dict[AxisName, Tensor]:
-    """Correlation of every position of A with every position of B, per axis of a weight: {(weight, dim):
-    (P_a, P_b)}.
+    """Correlation of every position of parent p with every position of q, per axis: {(weight, dim): (P_p, P_q)}.
 
-    dim 1: units as the layer's inputs. dim 0: units as its outputs, batch norm included, from the same
-        moments.
+    dim 1: units as the layer's inputs. dim 0: units as its outputs, batch norm included.
     """
-    states = [state_of(symmetry.program, parent) for parent in (a, b)]
     found: dict[AxisName, Tensor] = {}
-    for layer in find_layers(symmetry.program):
-        if layer.name in statistics.units:
-            covariance = statistics.units[layer.name].covariance[0]
-            found[layer.weight, 1] = _correlation(*_blocks(covariance))
-            continue
-        if is_wide(layer):  # its inputs are the outputs of another layer: matched there
-            covariances = output_covariance(
-                statistics.rows[layer.name], *(layer.matrix(s)[0] for s in states)
-            )
-            found[layer.weight, 0] = _correlation(*covariances)
-            continue
-        blocks = _blocks(statistics.joint[layer.name].covariance[0])
-        found[layer.weight, 1] = _correlation(*(_sum_taps(block, layer) for block in blocks))
-        weights = [layer.matrix(state)[0] for state in states]
-        aa, ab, bb = blocks
-        outputs = [
-            torch.einsum("oi,ij,oj->o", w, block, w) for w, block in zip(weights, (aa, bb), strict=True)
-        ]
-        found[layer.weight, 0] = _correlation(outputs[0], weights[0] @ ab @ weights[1].T, outputs[1])
+    for axis, moments in statistics.units.items():
+        blocks = moments.covariance[0].unflatten(0, (count, -1)).unflatten(2, (count, -1))
+        found[axis] = _correlation(blocks[p, :, p].diagonal(), blocks[p, :, q], blocks[q, :, q].diagonal())
     return found
 
 
-def _blocks(covariance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    half = len(covariance) // 2
-    return covariance[:half, :half], covariance[:half, half:], covariance[half:, half:]
-
-
-def _sum_taps(block: Tensor, layer: Layer) -> Tensor:
-    """(taps * C, taps * C) -> (C, C): the covariance of channels, summed over the kernel's positions."""
-    return (
-        block.unflatten(0, (layer.taps, -1)).unflatten(2, (layer.taps, -1)).diagonal(dim1=0, dim2=2).sum(-1)
-    )
-
-
 def _correlation(aa: Tensor, ab: Tensor, bb: Tensor) -> Tensor:
-    """Correlations from covariances (variances may be given as vectors). Constant (dead) units correlate with
-    nothing."""
-    inverse = []
-    for block in (aa, bb):
-        variance = block.diagonal() if block.dim() == 2 else block
+    """Correlations from variances (P_a,), (P_b,) and covariances. Constant (dead) units correlate with nothing."""
+    scale = []
+    for variance in (aa, bb):
         alive = variance > DEAD * variance.max()
-        inverse.append(torch.where(alive, variance, 1).rsqrt() * alive)
-    return inverse[0][:, None] * ab * inverse[1][None, :]
+        scale.append(torch.where(alive, variance, 1).rsqrt() * alive)
+    return scale[0][:, None] * ab * scale[1][None, :]
 
 
 def _pairwise(axis: Axis, positions_b: Axis, similarity: Tensor) -> Tensor:
@@ -163,12 +214,12 @@ def _leave(unit_class: UnitClass) -> UnitPermutation:
 
 def match_weights(
     symmetry: Symmetry, a: Mapping[str, Tensor], b: Mapping[str, Tensor], *, sweeps: int = 100
-) -> Permutation:
+) -> tuple[Permutation, float]:
     """Git Re-Basin's weight matching (arXiv 2209.04836, algorithm 1): coordinate ascent on `sum <W_a,
     P(W_b)>`.
 
     Every class is assigned exactly given all the others; sweeps go on until nothing changes. Running
-    statistics take no part.
+    statistics take no part. Returns the permutation of b and the total it reaches.
     """
     permutation = _match_forward(symmetry, a, b)
     order = _by_depth(symmetry)
@@ -185,7 +236,13 @@ def match_weights(
                 changed = True
         if not changed:
             break
-    return permutation
+    aligned = permute_state(symmetry, b, permutation)
+    total = sum(
+        float((a[name].double() * aligned[name].double()).sum())
+        for name in symmetry.program.parameters
+        if a[name].shape == aligned[name].shape
+    )
+    return permutation, total
 
 
 def _match_forward(symmetry: Symmetry, a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> Permutation:
@@ -232,6 +289,7 @@ def _weight_similarities(
         (axis.tensor, axis.dim): _inner_products(symmetry, a, aligned, axis)
         for axis in unit_class.axes
         if axis.tensor in parameters
+        and a[axis.tensor].shape == aligned[axis.tensor].shape  # heads of other label sets do not compare
         and (settled is None or _others(symmetry, axis, a[axis.tensor].dim()) <= settled)
     }
 

@@ -23,9 +23,7 @@ class Moments:
     count: int
     shift: Tensor  # (groups, d) float64
     first: Tensor  # (groups, d) float64, sum of (row - shift)
-    second: (
-        Tensor  # (groups, d, d) float64, sum of (row - shift)(row - shift)^T; only the upper triangle counts
-    )
+    second: Tensor  # (groups, d, d) float64, sum of (row - shift)(row - shift)^T; only the upper triangle counts
 
     @classmethod
     def starting_at(cls, rows: Tensor) -> Moments:
@@ -39,12 +37,7 @@ class Moments:
         centred = rows - self.shift.to(rows.dtype)[:, None]
         self.count += rows.shape[1]
         self.first += centred.sum(1, dtype=torch.float64)
-        # Products are symmetric: strips of the upper triangle cost little more than half of the full product.
-        width = centred.shape[-1]
-        strip = max(STRIP, -(-width // STRIPS))
-        for first in range(0, width, strip):
-            last = min(first + strip, width)
-            self.second[:, :last, first:last] += centred[:, :, :last].mT @ centred[:, :, first:last]
+        add_products(self.second, centred)
 
     def __add__(self, other: Moments) -> Moments:
         """Moments of both streams together."""
@@ -68,6 +61,22 @@ class Moments:
     def covariance(self) -> Tensor:
         """(groups, d, d)"""
         offset = self.first / self.count
-        upper = self.second.triu()
-        second = upper + upper.triu(1).mT
-        return second / self.count - offset[:, :, None] * offset[:, None, :]
+        return symmetric(self.second) / self.count - offset[:, :, None] * offset[:, None, :]
+
+
+def add_products(into: Tensor, rows: Tensor) -> None:
+    """Add `X^T X` of rows (groups, n, d) to the upper triangle of `into` (groups, d, d); what lies below is undefined.
+
+    Products are symmetric: strips of the upper triangle cost little more than half of the full product.
+    """
+    width = rows.shape[-1]
+    strip = max(STRIP, -(-width // STRIPS))
+    for first in range(0, width, strip):
+        last = min(first + strip, width)
+        into[:, :last, first:last] += rows[:, :, :last].mT @ rows[:, :, first:last]
+
+
+def symmetric(upper: Tensor) -> Tensor:
+    """The matrices (..., d, d) of which only the upper triangle counts, in full."""
+    upper = upper.triu()
+    return upper + upper.triu(1).mT

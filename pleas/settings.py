@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from pleas.errors import InputError
+
+Matching = Literal["activation", "weight"]
+Allocation = Literal["error", "uniform", "zip", "early"]
+Heads = Literal["shared", "separate"]
+CANDIDATES = (0.0, 0.7, 1.0)  # what `propagate = "auto"` tries
 
 
 @dataclass(frozen=True)
@@ -15,30 +20,58 @@ class MergeSettings:
     matching:   "activation" (correlation of units on the proxies) or "weight" (Git Re-Basin coordinate
         descent, no images)
     allocation: how a budget is spread over the classes: "error" (where fusing costs most per multiply-add),
-                "uniform" (the same share everywhere) or "zip" (late layers apart first, as ZipIt! and PLeaS)
+                "uniform" (the same share everywhere), "zip" (late layers apart first, as ZipIt! and PLeaS) or
+                "early" (early layers apart first)
     heads:      "shared" (one head, the mean of the parents' logits) or "separate" (one head per parent)
+    propagate:  of a layer's inputs, how much is what the merged network itself gives there, the rest being the mean of the
+                parents' inputs: 0 solves every layer by itself, 1 only on what it will meet; "auto" tries
+                CANDIDATES and keeps the one whose logits are nearest to the parents' on held-out images
     ridge:      relative to the mean diagonal of the Gram matrix, towards the partial-merge weights
-    rows:       rows collected per unknown of a layer, over all images; a seeded choice of positions (design 3)
+    head_ridge: the same for the layers whose outputs are the network's
+    rows:       rows collected per unknown of a layer, over all images; a seeded choice of positions (decision 0002)
     positions:  positions of one image at most, however few the images
     min_rows:   rows per unknown below which a layer is refused; under 1 the ridge fills the rest
+    holdout:    share of the images that no layer is solved on: they tell how good the merged network is
     """
 
-    matching: Literal["activation", "weight"] = "activation"
-    allocation: Literal["error", "uniform", "zip"] = "error"
-    heads: Literal["shared", "separate"] = "shared"
+    matching: Matching = "activation"
+    allocation: Allocation = "error"
+    heads: Heads = "shared"
+    propagate: float | Literal["auto"] = "auto"
     ridge: float = 1e-3
+    head_ridge: float = 0.1
     rows: int = 16
     positions: int = 64
     min_rows: float = 0.25
+    holdout: float = 0.125
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.ridge > 0:
+        for name, kind in (("matching", Matching), ("allocation", Allocation), ("heads", Heads)):
+            if getattr(self, name) not in get_args(kind):
+                choices = ", ".join(get_args(kind))
+                raise InputError(f"{name} = {getattr(self, name)!r}: must be one of {choices}")
+        if self.propagate != "auto" and not (
+            isinstance(self.propagate, int | float) and 0 <= self.propagate <= 1
+        ):
             raise InputError(
-                f"ridge = {self.ridge}: must be > 0, for example 1e-3 (relative to the mean diagonal)"
+                f'propagate = {self.propagate!r}: must be "auto" or a number from 0 (every layer solved by itself) to '
+                "1 (on what the merged network gives)"
             )
+        for name, usual in (("ridge", "1e-3"), ("head_ridge", "0.1")):
+            if not getattr(self, name) > 0:
+                raise InputError(
+                    f"{name} = {getattr(self, name)}: must be > 0, for example {usual} (relative to the mean diagonal)"
+                )
         for name in ("rows", "positions"):
             if getattr(self, name) < 1:
                 raise InputError(
                     f"{name} = {getattr(self, name)}: must be at least 1 (the defaults are 16 and 64)"
                 )
+        if not 0 < self.holdout <= 0.5:
+            raise InputError(f"holdout = {self.holdout}: must be above 0 and at most 0.5, a share of the images")
+
+    @property
+    def candidates(self) -> tuple[float, ...]:
+        """The values of `propagate` that are tried."""
+        return CANDIDATES if self.propagate == "auto" else (float(self.propagate),)

@@ -1,21 +1,26 @@
 """Normal equations -> layer: the closed-form least squares of PLeaS (arXiv 2407.02447, eq. 3) for any plan.
 
-The parents' layers are linear in `u = [a; b]`, so the merged inputs are `z = S u` and the targets `t = T u +
-c`; hence `Cov(z) = S Cov(u) S^T` and `Cov(t, z) = T Cov(u) S^T` come from the statistics alone, for any plan
-and ridge.
+A merged layer `y = W z + b` is fitted to targets `t` on rows `z`, both over merged positions. What is summed up is the
+problem about its prior, the partial merge: `W = P + D`, and `D` is fitted to what the prior leaves, `e = t - P z - p`.
+Where the prior is exact (parents that are copies of each other, everything kept apart) `e` is rounding and so is `D`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from pleas.errors import SingularGram, TooFewRows
+from pleas.errors import NonFinite, TooFewRows
 from pleas.layers import Layer
-from pleas.layout import A_ONLY, B_ONLY, FUSED, Layout
-from pleas.moments import Moments
+from pleas.layout import Layout
+from pleas.moments import add_products, symmetric
+
+MAX_INPUTS = 6000  # d_in of a linear layer above which rows are kept: its Gram matrix would take 288 MB and more
+MAX_ROWS = 4096  # rows kept at most, the first ones seen
+LARGE = 2048  # unknowns above which a layer's sums are kept in float32 (a Gram matrix of 4,608 takes 85 MB)
 
 
 @dataclass(frozen=True)
@@ -34,10 +39,10 @@ class LayerSolution:
     weight:   (out, d_in) canonical layout over merged positions, structural zeros included (grouped: one
         group's inputs)
     bias:     (out,)
-    mean, variance: (out,) of the layer's output on the proxies, as predicted from the moments
-    residual: (out,) predicted E (W z + b - t)^2
+    mean, variance: (out,) of the layer's output on the rows it was solved on
+    residual: (out,) E (W z + b - t)^2
     target:   (out,) variance of the target
-    rows:     rows the moments were made of
+    rows:     rows the problem was made of
     dead:     input positions without variance; they keep the partial-merge weights
     """
 
@@ -52,155 +57,233 @@ class LayerSolution:
 
     @property
     def relative_residual(self) -> float:
-        """Predicted residual over the target's variance, summed over units."""
+        """Residual over the target's variance, summed over units."""
         return float(self.residual.sum() / self.target.sum().clamp_min(torch.finfo(torch.float64).tiny))
 
 
 def blocks_of(layer: Layer, inputs: Layout, outputs: Layout) -> tuple[Block, ...]:
-    """Which merged outputs read which merged inputs (design 5): A-only rows see [A-only | fused], B-only rows
-    [fused | B-only], fused rows everything. One block where nothing is structurally zero."""
-    everything = torch.arange(inputs.size)
+    """Which merged outputs read which merged inputs: those that share an owner. One block where nothing is
+    structurally zero."""
     if layer.groups > 1 or not inputs.widened:
-        return (Block(torch.arange(outputs.size), everything),)
-    seen = {A_ONLY: (A_ONLY, FUSED), FUSED: (A_ONLY, FUSED, B_ONLY), B_ONLY: (FUSED, B_ONLY)}
-    blocks = [Block(outputs.positions(kind), inputs.positions(*kinds)) for kind, kinds in seen.items()]
-    return tuple(block for block in blocks if len(block.rows) and len(block.columns))
+        return (Block(torch.arange(outputs.size), torch.arange(inputs.size)),)
+    blocks = [Block(outputs.positions(mask), inputs.readable(mask)) for mask in outputs.present()]
+    return tuple(block for block in blocks if len(block.columns))
 
 
-def mixing(layout: Layout) -> tuple[Tensor, Tensor]:
-    """Coefficients of A's and B's unit in every merged unit: fused (1/2, 1/2), A-only (1, 0), B-only (0,
-    1)."""
-    half = torch.where(layout.kind == FUSED, 0.5, 0.0).double()
-    return half + (layout.kind == A_ONLY), half + (layout.kind == B_ONLY)
+def partial_merge(weights: Sequence[Tensor], inputs: Layout, outputs: Layout) -> Tensor:
+    """The weights before least squares: (out, taps, in) from aligned parents' (o, taps, i).
 
-
-def partial_merge(a: Tensor, b: Tensor, inputs: Layout, outputs: Layout) -> Tensor:
-    """The weights before least squares (design 5, reference notes 1b): (out, taps, in) from aligned parents'
-    (o, taps, i).
-
-    Fused rows: mean of the parents' weights on fused inputs, half of each parent's on its own units. A-only
-        rows: A's weights on what they see. Rows of A never read units of B.
+    A row averages over its owners; of an owner's weights it takes those on inputs which that owner has a share in.
     """
-    weight_a = a[_rows(outputs, a)][:, :, _columns(inputs, a)]
-    weight_b = b[_rows(outputs, b)][:, :, _columns(inputs, b)]
-    row_a, row_b = (part[:, None, None] for part in mixing(outputs))
-    reads_a, reads_b = inputs.kind != B_ONLY, inputs.kind != A_ONLY
-    return row_a * weight_a * reads_a + row_b * weight_b * reads_b
-
-
-def _rows(layout: Layout, parent: Tensor) -> Tensor:
-    # A head of the other parent may have no such position here: its coefficient is zero, any row will do.
-    return layout.source.clamp_max(parent.shape[0] - 1)
-
-
-def _columns(layout: Layout, parent: Tensor) -> Tensor:
-    return layout.source.clamp_max(parent.shape[2] - 1)
+    merged = weights[0].new_zeros((outputs.size, weights[0].shape[1], inputs.size))
+    for parent, weight in enumerate(weights):
+        # Where a parent is no owner its source may lie outside its axis: the coefficient is zero, any row will do.
+        rows = outputs.sources[parent].clamp_max(weight.shape[0] - 1)
+        columns = inputs.sources[parent].clamp_max(weight.shape[2] - 1)
+        reads = (inputs.masks >> parent & 1).to(weight)
+        merged += outputs.mixing(parent).to(weight)[:, None, None] * weight[rows][:, :, columns] * reads
+    return merged
 
 
 @dataclass(frozen=True)
-class Problem:
-    """One layer's least-squares problem in the aligned frame, ready for any ridge.
+class Prior:
+    """The partial merge of a layer: weight (groups, o, d), bias (groups, o), float64; groups is 1 but for grouped
+    convolutions."""
 
-    gram:  (d, d) Cov(z)         cross: (out, d) Cov(t, z)        target: (out,) Var(t)
-    mean_in: (d,) E z            mean_out: (out,) E t             prior: (out, d) partial-merge weights
+    weight: Tensor
+    bias: Tensor
+
+    def left(self, z: Tensor, t: Tensor) -> Tensor:
+        """What the prior leaves of targets (groups, n, o) on rows (groups, n, d)."""
+        return t - z @ self.weight.to(z).mT - self.bias.to(z)[:, None]
+
+
+def prior_of(
+    layer: Layer, parents: Sequence[tuple[Tensor, Tensor]], inputs: Layout, outputs: Layout
+) -> Prior:
+    """From every aligned parent's weight (o, d_in) and bias (o,) in the canonical layout."""
+    if layer.groups > 1:
+        return _grouped_prior(layer, parents, outputs)
+    weight = partial_merge([w.unflatten(1, (layer.taps, -1)) for w, _ in parents], inputs, outputs)
+    bias = weight.new_zeros(outputs.size)
+    for parent, (_, own) in enumerate(parents):
+        bias += outputs.mixing(parent).to(own) * own[outputs.sources[parent].clamp_max(len(own) - 1)]
+    return Prior(weight.flatten(1)[None], bias[None])
+
+
+def _grouped_prior(layer: Layer, parents: Sequence[tuple[Tensor, Tensor]], outputs: Layout) -> Prior:
+    per_out = layer.out_units // layer.groups
+    weight, bias = parents[0][0].new_zeros(()), parents[0][0].new_zeros(())
+    for parent, (own, shift) in enumerate(parents):
+        group = (outputs.sources[parent] // per_out)[::per_out]
+        share = outputs.mixing(parent)[::per_out].to(own)
+        weight = weight + share[:, None, None] * own.unflatten(0, (layer.groups, per_out))[group]
+        bias = bias + share[:, None] * shift.unflatten(0, (layer.groups, per_out))[group]
+    return Prior(weight, bias)
+
+
+@dataclass
+class Equations:
+    """Streaming sums of one layer's problem about its prior, group by group: rows (groups, n, d), targets (groups, n, o).
+
+    Products are taken in the rows' precision per batch and summed in float64 (float32 for very large layers), about a
+    shift close to the mean.
     """
 
-    gram: Tensor
-    cross: Tensor
-    target: Tensor
-    mean_in: Tensor
-    mean_out: Tensor
-    prior: Tensor
-    prior_bias: Tensor
-    rows: int
+    layer: Layer
+    prior: Prior
+    count: int = 0
+    _shift: Tensor = field(default_factory=lambda: torch.empty(0))
+    _first: Tensor = field(default_factory=lambda: torch.empty(0))
+    _gram: Tensor = field(default_factory=lambda: torch.empty(0))
+    _cross: Tensor = field(default_factory=lambda: torch.empty(0))
+    _left: Tensor = field(default_factory=lambda: torch.empty(0))  # (2, groups, o): sums of e and e^2
+    _target: Tensor = field(default_factory=lambda: torch.empty(0))  # (2, groups, o): sums of t - shift and its square
+    _target_shift: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def add(self, z: Tensor, t: Tensor) -> None:
+        """A batch of rows and their targets."""
+        left = self.prior.left(z, t)
+        if not self.count:
+            self._start(z, t)
+        centred, target = z - self._shift[:, None].to(z), t - self._target_shift[:, None].to(t)
+        self.count += z.shape[1]
+        self._first += centred.sum(1, dtype=torch.float64)
+        self._cross += left.mT @ centred
+        add_products(self._gram, centred)
+        for sums, values in ((self._left, left), (self._target, target)):
+            sums[0] += values.sum(1, dtype=torch.float64)
+            sums[1] += values.square().sum(1, dtype=torch.float64)
+
+    def _start(self, z: Tensor, t: Tensor) -> None:
+        groups, _, d = z.shape
+        self._shift, self._target_shift = z.mean(1).double(), t.mean(1).double()
+        kind = torch.float32 if d > LARGE else torch.float64
+        self._first = self._shift.new_zeros((groups, d))
+        self._gram = self._shift.new_zeros((groups, d, d), dtype=kind)
+        self._cross = self._shift.new_zeros((groups, t.shape[2], d))
+        self._left, self._target = (self._shift.new_zeros((2, groups, t.shape[2])) for _ in "et")
+
+    def solve(self, blocks: Sequence[Block], ridge: float, min_rows: float) -> LayerSolution:
+        """Minimise `E|W z + b - t|^2 + ridge * mean(diag Cov z) * |W - prior|^2` block by block.
+
+        A layer without a bias of its own is solved about the origin instead of about the mean. Raises TooFewRows,
+        NonFinite.
+        """
+        layer, n = self.layer, max(1, self.count)
+        check_rows(layer, self.count, layer.taps * _most(blocks) if layer.groups == 1 else layer.d_in, min_rows)
+        intercept = has_intercept(layer)
+        offset, mean_left = (self._first / n).cpu(), (self._left[0] / n).cpu()
+        mean = self._shift.cpu() + offset
+        gram = symmetric(self._gram.cpu()).double() / n - offset[:, :, None] * offset[:, None, :]
+        cross = self._cross.cpu() / n - mean_left[:, :, None] * offset[:, None, :]
+        about = gram, cross
+        if not intercept:
+            about = (
+                gram + mean[:, :, None] * mean[:, None, :],
+                cross + mean_left[:, :, None] * mean[:, None, :],
+            )
+        step = _block_steps(*about, blocks, layer, ridge)
+        prior = Prior(self.prior.weight.cpu(), self.prior.bias.cpu())
+        weight = prior.weight + step
+        moved = (step @ mean[:, :, None])[..., 0]
+        bias = prior.bias + mean_left - moved if intercept else prior.bias
+        error = mean_left - moved - (bias - prior.bias)
+        spread = (self._left[1] / n).cpu() - mean_left.square()
+        residual = spread - 2 * (step * cross).sum(-1) + ((step @ gram) * step).sum(-1) + error.square()
+        target_mean = (self._target[0] / n).cpu()
+        return LayerSolution(
+            weight=weight.flatten(0, 1),
+            bias=bias.flatten(),
+            mean=((weight @ mean[:, :, None])[..., 0] + bias).flatten(),
+            variance=((weight @ gram) * weight).sum(-1).clamp_min(0).flatten(),
+            residual=residual.clamp_min(0).flatten(),
+            target=((self._target[1] / n).cpu() - target_mean.square()).clamp_min(0).flatten(),
+            rows=self.count,
+            dead=dead_positions(
+                gram.diagonal(dim1=1, dim2=2).unflatten(1, (layer.taps, -1)).sum(1).flatten()
+            ),
+        )
 
 
-def pose(
-    layer: Layer,
-    moments: Moments,
-    a: tuple[Tensor, Tensor],
-    b: tuple[Tensor, Tensor],
-    alignment: Tensor,
-    inputs: Layout,
-    outputs: Layout,
-) -> Problem:
-    """The normal equations of an ungrouped layer for the plan behind `inputs` and `outputs`.
+@dataclass
+class KeptRows:
+    """The same for linear layers too wide for a Gram matrix (VGG's first reads 25,088 inputs): the first MAX_ROWS rows are
+    kept, and the ridge problem is solved in its dual form, over rows."""
 
-    a, b:      weight (o, d_in) and bias (o,) of each parent, B aligned to A on both sides
-    alignment: (channels,) B's own input position at each aligned position; the moments are in B's own order
-    """
-    taps, channels = layer.taps, layer.channels
-    covariance, mean = moments.covariance[0], moments.mean[0]
-    offsets = torch.arange(taps)[:, None] * channels
-    index_a = (offsets + inputs.source).flatten()
-    index_b = taps * channels + (offsets + alignment[inputs.source]).flatten()
-    mix_a, mix_b = (part.repeat(taps) for part in mixing(inputs))
+    layer: Layer
+    prior: Prior
+    count: int = 0
+    _rows: list[Tensor] = field(default_factory=list)
+    _targets: list[Tensor] = field(default_factory=list)
 
-    def merge_columns(matrix: Tensor) -> Tensor:
-        return matrix[:, index_a] * mix_a + matrix[:, index_b] * mix_b
+    def add(self, z: Tensor, t: Tensor) -> None:
+        wanted = MAX_ROWS - self.count
+        if wanted > 0:
+            self._rows.append(z[0, :wanted].float().cpu())
+            self._targets.append(t[0, :wanted].float().cpu())
+            self.count += len(self._rows[-1])
 
-    covariance_uz = merge_columns(covariance)
-    gram = merge_columns(covariance_uz.T)
-    row_a, row_b = mixing(outputs)
-    own_b = taps * channels + (offsets + alignment).flatten()
-    part_a = row_a[:, None] * a[0][outputs.source.clamp_max(len(a[0]) - 1)]
-    part_b = row_b[:, None] * b[0][outputs.source.clamp_max(len(b[0]) - 1)]
-    own_a = torch.arange(taps * channels)
-    cross = part_a @ covariance_uz[own_a] + part_b @ covariance_uz[own_b]
-    target = _quadratic(part_a, covariance[: len(own_a), : len(own_a)])
-    target = target + _quadratic(part_b, covariance[own_b][:, own_b])
-    target = target + 2 * ((part_a @ covariance[: len(own_a)][:, own_b]) * part_b).sum(1)
-    bias = (
-        row_a * a[1][outputs.source.clamp_max(len(a[1]) - 1)]
-        + row_b * b[1][outputs.source.clamp_max(len(b[1]) - 1)]
-    )
-    mean_out = part_a @ mean[own_a] + part_b @ mean[own_b] + bias
-    prior = partial_merge(a[0].unflatten(1, (taps, -1)), b[0].unflatten(1, (taps, -1)), inputs, outputs)
-    mean_in = merge_columns(mean[None])[0]
-    return Problem(gram, cross, target, mean_in, mean_out, prior.flatten(1), bias, moments.count)
-
-
-def _quadratic(rows: Tensor, matrix: Tensor) -> Tensor:
-    """diag(R M R^T)"""
-    return ((rows @ matrix) * rows).sum(1)
+    def solve(self, blocks: Sequence[Block], ridge: float, min_rows: float) -> LayerSolution:
+        """As `Equations.solve`. Fewer rows than unknowns are the rule here, so min_rows counts against MAX_ROWS."""
+        layer = self.layer
+        check_rows(layer, self.count, min(layer.d_in, MAX_ROWS), min_rows)
+        z, t = torch.cat(self._rows), torch.cat(self._targets)
+        prior = Prior(self.prior.weight.cpu(), self.prior.bias.cpu())
+        left = prior.left(z[None], t[None])[0].double()
+        intercept = has_intercept(layer)
+        mean_in = z.mean(0).double() if intercept else z.new_zeros(z.shape[1], dtype=torch.float64)
+        mean_left = left.mean(0) if intercept else torch.zeros_like(left[0])
+        centred = z - mean_in.float()
+        step = torch.zeros_like(prior.weight[0])
+        for block in blocks:
+            found = dual_ridge(centred[:, block.columns], (left - mean_left)[:, block.rows], ridge, layer.name)
+            step[block.rows[:, None], block.columns] = found
+        weight = prior.weight[0] + step
+        bias = prior.bias[0] + mean_left - step @ mean_in if intercept else prior.bias[0]
+        predicted = (z @ weight.T.float()).double() + bias
+        return LayerSolution(
+            weight=weight,
+            bias=bias,
+            mean=predicted.mean(0),
+            variance=predicted.var(0, unbiased=False),
+            residual=(predicted - t).square().mean(0),
+            target=t.double().var(0, unbiased=False),
+            rows=self.count,
+            dead=dead_positions(centred.square().mean(0)),
+        )
 
 
-def solve(
-    layer: Layer, problem: Problem, blocks: tuple[Block, ...], ridge: float, min_rows: float
-) -> LayerSolution:
-    """Minimise `E|W z + b - t|^2 + ridge * mean(diag Cov z) * |W - prior|^2` block by block.
+def equations_of(layer: Layer, prior: Prior) -> Equations | KeptRows:
+    """Empty sums for a layer, in the form that suits its size."""
+    return (KeptRows if is_wide(layer) else Equations)(layer, prior)
 
-    A layer without a bias of its own is solved about the origin instead of about the mean.
-    Raises TooFewRows, SingularGram.
-    """
-    check_rows(layer, problem.rows, len(problem.gram), min_rows)
-    intercept = layer.bias is not None or layer.norm is not None
-    gram, cross = problem.gram, problem.cross
-    if not intercept:
-        gram = gram + torch.outer(problem.mean_in, problem.mean_in)
-        cross = cross + torch.outer(problem.mean_out, problem.mean_in)
-    weight = torch.zeros_like(problem.prior)
-    channels = len(problem.gram) // layer.taps
+
+def is_wide(layer: Layer) -> bool:
+    """A linear layer whose rows are kept. Convolutions always have a Gram matrix: they have many rows per image."""
+    return not layer.is_convolution and layer.d_in > MAX_INPUTS
+
+
+def has_intercept(layer: Layer) -> bool:
+    """Whether the layer can add a constant: by its own bias or by the batch norm behind it."""
+    return layer.bias is not None or layer.norm is not None
+
+
+def _most(blocks: Sequence[Block]) -> int:
+    return max(len(block.columns) for block in blocks)
+
+
+def _block_steps(gram: Tensor, cross: Tensor, blocks: Sequence[Block], layer: Layer, ridge: float) -> Tensor:
+    if layer.groups > 1:
+        return ridge_solve(gram, cross, torch.zeros_like(cross), ridge, layer.name)
+    step = torch.zeros_like(cross)
+    channels = gram.shape[-1] // layer.taps
     for block in blocks:
         columns = (torch.arange(layer.taps)[:, None] * channels + block.columns).flatten()
-        solution = ridge_solve(
-            gram[columns][:, columns],
-            cross[block.rows][:, columns],
-            problem.prior[block.rows][:, columns],
-            ridge,
-            layer.name,
-        )
-        weight[block.rows[:, None], columns] = solution
-    mean = weight @ problem.mean_in
-    bias = problem.mean_out - mean if intercept else torch.zeros_like(mean)
-    projected = weight @ problem.gram
-    variance = (projected * weight).sum(1)
-    residual = variance - 2 * (weight * problem.cross).sum(1) + problem.target
-    residual = residual + (mean + bias - problem.mean_out).square()
-    dead = dead_positions(problem.gram.diagonal().unflatten(0, (layer.taps, -1)).sum(0))
-    return LayerSolution(
-        weight, bias, mean + bias, variance, residual.clamp_min(0), problem.target, problem.rows, dead
-    )
+        part = cross[0][block.rows][:, columns]
+        found = ridge_solve(gram[0][columns][:, columns], part, torch.zeros_like(part), ridge, layer.name)
+        step[0, block.rows[:, None], columns] = found
+    return step
 
 
 def check_rows(layer: Layer, rows: int, unknowns: int, min_rows: float) -> None:
@@ -222,86 +305,45 @@ def ridge_solve(gram: Tensor, cross: Tensor, prior: Tensor, ridge: float, name: 
 
     gram:  (..., d_in, d_in) float64      cross: (..., d_out, d_in) float64      prior: (..., d_out, d_in)
     ridge: dimensionless, > 0
-    Returns (..., d_out, d_in). Raises SingularGram when the damped matrix is not positive definite.
+    Returns (..., d_out, d_in).
     """
     level = gram.diagonal(dim1=-2, dim2=-1).mean(-1)
     damping = ridge * torch.where(level > 0, level, 1.0)
-    damped = gram + torch.diag_embed(damping[..., None].expand(gram.shape[:-1]))
-    factor, failed = torch.linalg.cholesky_ex(damped)
-    if bool(failed.any()):
-        raise SingularGram(
-            f"layer '{name}': its damped Gram matrix is not positive definite (ridge {ridge:g}, mean "
-            f"diagonal {float(level.mean()):g}). Raise the ridge or give more varied proxy images."
-        )
     right = cross + damping[..., None, None] * prior
-    return torch.cholesky_solve(right.mT, factor).mT
+    return damped_solve(gram, damping, right.mT, name).mT
+
+
+def damped_solve(matrix: Tensor, damping: Tensor, right: Tensor, name: str) -> Tensor:
+    """`(M + damping I)^-1 R` for positive semidefinite M (..., d, d), damping (...) > 0 and R (..., d, k).
+
+    Rounding can leave M with eigenvalues a little below zero, and damping that is small against its largest does not
+    mend that: where Cholesky fails, eigenvalues below zero count as zero. Raises NonFinite naming the layer.
+    """
+    if not bool(torch.isfinite(matrix).all() and torch.isfinite(right).all()):
+        raise NonFinite(
+            f"layer '{name}': its second moments are NaN or infinite. Look at the proxies with `datafree diagnose`, and "
+            "check the parents' weights and preprocessing."
+        )
+    eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    factor, failed = torch.linalg.cholesky_ex(matrix + damping[..., None, None] * eye)
+    if not bool(failed.any()):
+        return torch.cholesky_solve(right, factor)
+    values, vectors = torch.linalg.eigh(matrix)
+    inverse = (values.clamp_min(0) + damping[..., None]).reciprocal()
+    return vectors @ (inverse[..., None] * (vectors.mT @ right))
+
+
+def dual_ridge(z: Tensor, left: Tensor, ridge: float, name: str) -> Tensor:
+    """Z^T (Z Z^T + n damping)^-1 R, transposed: the step from the prior that minimises the ridge objective.
+
+    z: (n, d) float32, left: (n, o) float64. Returns (o, d) float64.
+    """
+    kernel = (z @ z.T).double() / len(z)
+    level = kernel.diagonal().sum() / z.shape[1]  # the mean diagonal of the d x d Gram matrix
+    damping = ridge * torch.where(level > 0, level, 1.0)
+    return (z.T.double() @ damped_solve(kernel, damping, left, name) / len(z)).T
 
 
 def dead_positions(variance: Tensor, relative: float = 1e-12) -> Tensor:
     """Positions whose variance is nil against the largest one."""
     return (variance <= relative * variance.max()).nonzero()[:, 0]
-
-
-def solve_grouped(
-    layer: Layer,
-    moments: Moments,
-    a: tuple[Tensor, Tensor],
-    b: tuple[Tensor, Tensor],
-    inputs: Layout,
-    outputs: Layout,
-    ridge: float,
-    min_rows: float,
-) -> LayerSolution:
-    """A grouped or depthwise layer: every merged group is one small problem; groups kept apart keep their
-    weights exactly.
-
-    moments: (groups, 2 d_in) with B already aligned. a, b as in `pose`.
-    """
-    d = layer.d_in
-    check_rows(layer, moments.count, d, min_rows)
-    per_in, per_out = layer.channels // layer.groups, layer.out_units // layer.groups
-    group = (outputs.source // per_out)[::per_out]
-    kind = outputs.kind[::per_out]
-    if not torch.equal((inputs.source // per_in)[::per_in], group):
-        raise SingularGram(
-            f"layer '{layer.name}': its input and output groups were widened differently (internal error)"
-        )
-    covariance, mean = moments.covariance[group], moments.mean[group]
-    weight_a, weight_b = (w.unflatten(0, (layer.groups, per_out))[group] for w in (a[0], b[0]))
-    bias_a, bias_b = (w.unflatten(0, (layer.groups, per_out))[group] for w in (a[1], b[1]))
-    mix_a = torch.where(kind == FUSED, 0.5, (kind == A_ONLY).double())[:, None, None]
-    mix_b = 1 - mix_a
-    mixed_in = torch.cat([torch.eye(d).double() * mix_a, torch.eye(d).double() * mix_b], -1)  # (g, d, 2d)
-    mixed_out = torch.cat([weight_a * mix_a, weight_b * mix_b], -1)  # (g, o, 2d)
-    gram = mixed_in @ covariance @ mixed_in.mT
-    cross = mixed_out @ covariance @ mixed_in.mT
-    target = ((mixed_out @ covariance) * mixed_out).sum(-1)
-    mean_in = (mixed_in @ mean[:, :, None])[..., 0]
-    bias = bias_a * mix_a[..., 0] + bias_b * mix_b[..., 0]
-    mean_out = (mixed_out @ mean[:, :, None])[..., 0] + bias
-    prior = weight_a * mix_a + weight_b * mix_b
-    intercept = layer.bias is not None or layer.norm is not None
-    shift = 0 if intercept else 1
-    weight = ridge_solve(
-        gram + shift * mean_in[:, :, None] * mean_in[:, None, :],
-        cross + shift * mean_out[:, :, None] * mean_in[:, None, :],
-        prior,
-        ridge,
-        layer.name,
-    )
-    weight = torch.where((kind == FUSED)[:, None, None], weight, prior)
-    mean_wz = (weight @ mean_in[:, :, None])[..., 0]
-    solved_bias = mean_out - mean_wz if intercept else torch.zeros_like(mean_wz)
-    variance = ((weight @ gram) * weight).sum(-1)
-    residual = variance - 2 * (weight * cross).sum(-1) + target + (mean_wz + solved_bias - mean_out).square()
-    dead = dead_positions(gram.diagonal(dim1=-2, dim2=-1).unflatten(1, (layer.taps, -1)).sum(1).flatten())
-    return LayerSolution(
-        weight=weight.flatten(0, 1),
-        bias=solved_bias.flatten(),
-        mean=(mean_wz + solved_bias).flatten(),
-        variance=variance.flatten(),
-        residual=residual.clamp_min(0).flatten(),
-        target=target.flatten(),
-        rows=moments.count,
-        dead=dead,
-    )

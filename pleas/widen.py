@@ -4,6 +4,7 @@ blocks."""
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,32 +22,54 @@ aten = torch.ops.aten
 class Layouts:
     """The layout of every axis of every tensor and value of a traced model under a plan."""
 
-    def __init__(self, symmetry: Symmetry, plans: Mapping[int, ClassPlan]) -> None:
-        self.symmetry, self.plans = symmetry, plans
+    def __init__(self, symmetry: Symmetry, plans: Mapping[int, ClassPlan], parents: int) -> None:
+        self.symmetry, self.plans, self.parents = symmetry, plans, parents
         self._axes: dict[tuple[str, int], Layout] = {}
+        self._values: dict[tuple[str, int], Layout] = {}
 
     def axis(self, tensor: str, dim: int) -> Layout:
         """Layout of a parameter's or buffer's axis (dim 1 of a grouped weight: the virtual axis over all
         channels)."""
         key = (tensor, dim)
         if key not in self._axes:
-            self._axes[key] = lay_out(self.symmetry.axis(tensor, dim), self.plans)
+            self._axes[key] = lay_out(self.symmetry.axis(tensor, dim), self.plans, self.parents)
         return self._axes[key]
 
     def value(self, node: fx.Node, dim: int) -> Layout:
         """Layout of one dimension of an activation."""
         value = node.meta["val"]
         dim = dim % value.dim()
-        units = self.symmetry.value(node.name, dim)
-        if units is None:
-            size = value.shape[dim]
-            return plain_layout(size) if isinstance(size, int) else plain_layout(1)
-        return lay_out(units, self.plans)
+        key = (node.name, dim)
+        if key not in self._values:
+            units, size = self.symmetry.value(node.name, dim), value.shape[dim]
+            self._values[key] = (
+                plain_layout(size if isinstance(size, int) else 1, self.parents)
+                if units is None
+                else lay_out(units, self.plans, self.parents)
+            )
+        return self._values[key]
+
+    def widened(self, node: fx.Node) -> dict[int, Layout]:
+        """The dimensions of an activation, the first output of an op that gives several, that are not the parents' own."""
+        value = node.meta["val"]
+        value = value[0] if isinstance(value, tuple | list) else value
+        if not isinstance(value, torch.Tensor):
+            return {}
+        found = {dim: self._value_of(node, value, dim) for dim in range(value.dim())}
+        return {dim: layout for dim, layout in found.items() if not layout.plain}
+
+    def _value_of(self, node: fx.Node, value: torch.Tensor, dim: int) -> Layout:
+        if value is node.meta["val"]:
+            return self.value(node, dim)
+        first = next(user for user in node.users if user.target is operator.getitem and user.args[1] == 0)
+        return self.value(first, dim)
 
 
-def edit_graph(symmetry: Symmetry, layouts: Layouts, layers: tuple[Layer, ...], split: set[str]) -> fx.Graph:
+def edit_graph(
+    symmetry: Symmetry, layouts: Layouts, layers: tuple[Layer, ...], split: set[str]
+) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
     """The parents' graph with the plan's widths: shape constants rewritten, nodes of the layers named in
-    `split` turned into calls of their block module (named as the layer)."""
+    `split` turned into calls of their block module (named as the layer). And which node became which."""
     by_node = {node: layer for layer in layers for node in layer.nodes if layer.name in split}
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
@@ -69,7 +92,7 @@ def edit_graph(symmetry: Symmetry, layouts: Layouts, layers: tuple[Layer, ...], 
         if node.op == "get_attr" and not node.users:
             graph.erase_node(node)
     graph.lint()
-    return graph
+    return graph, env
 
 
 def _sizes(position: int) -> Callable[[fx.Node, Layouts, list[Any]], list[Any]]:
@@ -179,7 +202,7 @@ def _layer_norm(node: fx.Node, layouts: Layouts, args: list[Any]) -> list[Any]:
 def _refuse(node: fx.Node, why: str) -> UnsupportedModel:
     return UnsupportedModel(
         f"node '{node.name}' ({node.target}) {why}: this model cannot be widened there. "
-        "Use budget 1.0, or name the class in `fuse` so that it stays fully fused."
+        "Use budget 1.0."
     )
 
 

@@ -27,6 +27,31 @@ def identity(symmetry: Symmetry) -> Permutation:
     return tuple(_draw(cls, None) for cls in symmetry.classes)
 
 
+def compose(first: Permutation, second: Permutation) -> Permutation:
+    """`first` finds the units of a middle network for every place, `second` those of a third for every unit of the
+    middle one: the third's units for every place."""
+    return tuple(_compose(x, y) for x, y in zip(first, second, strict=True))
+
+
+def _compose(first: UnitPermutation, second: UnitPermutation) -> UnitPermutation:
+    children = tuple(
+        tuple(_compose(x, y) for x, y in zip(inner, second.children[int(middle)], strict=True))
+        for middle, inner in zip(first.perm, first.children, strict=False)
+    )
+    return UnitPermutation(second.perm[first.perm], children)
+
+
+def inverse(permutation: Permutation) -> Permutation:
+    """The permutation that puts units back."""
+    return tuple(_inverse(one) for one in permutation)
+
+
+def _inverse(one: UnitPermutation) -> UnitPermutation:
+    back = one.perm.argsort()
+    children = tuple(inverse(one.children[int(place)]) for place in back) if one.children else ()
+    return UnitPermutation(back, children)
+
+
 def random(symmetry: Symmetry, generator: torch.Generator, only: Sequence[int] | None = None) -> Permutation:
     """A random permutation of every class, inner classes included; classes of the output stay in place.
 

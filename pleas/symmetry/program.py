@@ -20,6 +20,7 @@ VIEWS: dict[Any, Any] = {
 }
 
 Visit = Callable[[fx.Node, list[tuple[Any, ...]], list[dict[str, Any]]], None]
+Seen = Callable[[fx.Node, list[Any]], None]
 
 
 @dataclass(frozen=True)
@@ -62,13 +63,15 @@ def execute(
     states: Sequence[Mapping[str, Tensor]],
     inputs: Sequence[Tensor],
     visit: Visit | None = None,
+    seen: Seen | None = None,
 ) -> list[Tensor]:
     """Run several parents in lock-step through one graph; returns each parent's output.
 
-    visit(node, args, kwargs) is called before every call_function node with the resolved arguments of every parent.
+    visit(node, args, kwargs) is called before every call_function node with the resolved arguments of every parent,
+    seen(node, values) after it with what it gave.
     A value is dropped after its last use, so memory is that of a plain forward pass times the number of parents.
     """
-    last_use = _last_uses(graph)
+    last_use = last_uses(graph)
     exported = next(node.meta["val"].dtype for node in graph.nodes if node.op == "placeholder")
     values: list[dict[fx.Node, Any]] = [{} for _ in states]
     for node in graph.nodes:
@@ -84,6 +87,8 @@ def execute(
             for parent, a, k in zip(values, args, kwargs, strict=True):
                 parent[node] = VIEWS.get(node.target, node.target)(*a, **k)
             del args, kwargs
+            if seen is not None:
+                seen(node, [parent[node] for parent in values])
         for dead in last_use.get(node, ()):
             for parent in values:
                 del parent[dead]
@@ -111,7 +116,7 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     return dict(parameters) | dict(model.named_buffers(remove_duplicate=False))
 
 
-def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+def last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
     """node -> the values nobody needs after it (states are looked up when needed, not held)."""
     seen: set[fx.Node] = set()
     dead: dict[fx.Node, list[fx.Node]] = {}

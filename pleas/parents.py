@@ -1,0 +1,130 @@
+"""The networks of one merge: several parents of one architecture, checked and traced once."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from string import ascii_lowercase
+
+import torch
+from torch import Tensor, nn
+
+from pleas.errors import ArchitectureMismatch, InputError, NonFinite
+from pleas.layers import Layer, find_layers
+from pleas.settings import MergeSettings
+from pleas.symmetry import Symmetry, state_of, trace
+
+DEFAULTS = MergeSettings()
+MOST = 16  # parents: owners are bits of a mask, and moments grow with the square
+
+
+@dataclass(frozen=True)
+class Parents:
+    """Two or more networks of one architecture, and its permutation symmetry.
+
+    names:   what messages call them, in order
+    modules: in evaluation mode, frozen: copies of what was given, which stays as it is
+    example: a batch of images (N, C, H, W) as the networks take them: its values do not matter
+    """
+
+    names: tuple[str, ...]
+    modules: tuple[nn.Module, ...]
+    symmetry: Symmetry
+    example: Tensor = field(repr=False)
+    settings: MergeSettings = DEFAULTS
+
+    @classmethod
+    def of(
+        cls,
+        modules: Sequence[nn.Module],
+        example: Tensor,
+        settings: MergeSettings = DEFAULTS,
+        *,
+        names: Sequence[str] | None = None,
+        symmetry: Symmetry | None = None,
+    ) -> Parents:
+        """Check that `modules` are one architecture with finite weights, and trace it.
+
+        names:    for messages; a, b, c ... by default
+        symmetry: what `trace` gave for the first, where the caller has it
+        Raises InputError, ArchitectureMismatch, NonFinite, UnsupportedModel.
+        """
+        names = tuple(names) if names is not None else tuple(ascii_lowercase[: len(modules)])
+        check_parents(modules, settings, names=names)
+        frozen = tuple(copy.deepcopy(module).eval().requires_grad_(False) for module in modules)
+        return cls(names, frozen, symmetry or trace(frozen[0], example), example, settings)
+
+    @property
+    def count(self) -> int:
+        return len(self.modules)
+
+    @cached_property
+    def layers(self) -> tuple[Layer, ...]:
+        """The weight layers of the architecture, in graph order."""
+        return find_layers(self.symmetry.program)
+
+    @cached_property
+    def states(self) -> tuple[dict[str, Tensor], ...]:
+        """Every parent's tensors under the names of the graph, in its own unit order."""
+        return tuple(state_of(self.symmetry.program, module) for module in self.modules)
+
+    def outputs(self, parent: int) -> int:
+        """Outputs of one parent, on an output class."""
+        axis = self.symmetry.classes[self.symmetry.output[0]].axes[0]
+        return self.states[parent][axis.tensor].shape[axis.dim]
+
+
+def check_parents(
+    modules: Sequence[nn.Module],
+    settings: MergeSettings = DEFAULTS,
+    *,
+    names: Sequence[str] | None = None,
+) -> None:
+    """Raise unless the parents are one architecture with finite weights; with separate heads their last tensors may
+    differ in the number of outputs. Says which pair and which tensors differ."""
+    names = tuple(names) if names is not None else tuple(ascii_lowercase[: len(modules)])
+    if not 2 <= len(modules) <= MOST:
+        raise InputError(
+            f"{len(modules)} parent{'s' * (len(modules) != 1)}: a merge takes 2 to {MOST} networks of one architecture"
+        )
+    if len(names) != len(modules) or len(set(names)) < len(names):
+        raise InputError(
+            f"names are {', '.join(names)} for {len(modules)} parents: give each parent a name of its own"
+        )
+    states = [module.state_dict() for module in modules]
+    for name, state in zip(names[1:], states[1:], strict=True):
+        _check_pair(names[0], states[0], name, state, settings.heads == "separate")
+    for name, state in zip(names, states, strict=True):
+        for key, value in state.items():
+            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+                raise NonFinite(
+                    f"parent {name}: weights '{key}' hold NaN or infinity; the checkpoint is damaged"
+                )
+
+
+def _check_pair(
+    first: str, own: dict[str, Tensor], second: str, other: dict[str, Tensor], separate: bool
+) -> None:
+    only = [sorted(set(x) - set(y)) for x, y in ((own, other), (other, own))]
+    only = [[key for key in keys if not key.endswith("num_batches_tracked")] for keys in only]
+    unlike = [key for key, value in own.items() if key in other and value.shape != other[key].shape]
+    heads = len(unlike) <= 2 and all(own[key].shape[1:] == other[key].shape[1:] for key in unlike)
+    if not any(only) and (not unlike or (separate and heads)):
+        return
+    lines = [f"only in {first}: {', '.join(only[0][:5])}"] * bool(only[0])
+    lines += [f"only in {second}: {', '.join(only[1][:5])}"] * bool(only[1])
+    lines += [
+        f"{key}: {tuple(own[key].shape)} in {first}, {tuple(other[key].shape)} in {second}" for key in unlike[:8]
+    ]
+    hint = (
+        " If only the head differs, ask for separate heads (labels: separate in a recipe)."
+        if unlike and not any(only)
+        else ""
+    )
+    raise ArchitectureMismatch(
+        f"parents {first} and {second} are not one architecture; tensors that differ:\n  "
+        + "\n  ".join(lines)
+        + f"\nMerge checkpoints of the same model definition.{hint}"
+    )
