@@ -117,12 +117,14 @@ def _to_a_common_order(
     if count == 2:
         return identity(symmetry), pairs.assign(0, 1)[0]
     found = {(p, q): pairs.assign(p, q) for p, q in itertools.permutations(range(count), 2)}
-    best = max(range(count), key=lambda p: sum(found[p, q][1] for q in range(count) if q != p))
-    chosen = [identity(symmetry) if q == best else found[best, q][0] for q in range(count)]
+    likeness = [sum(found[p, q][1] for q in range(count) if q != p) for p in range(count)]
+    # By likeness, not by number: the order in which parents are given does not matter.
+    order = sorted(range(count), key=lambda p: -likeness[p])
+    chosen = [identity(symmetry) if q == order[0] else found[order[0], q][0] for q in range(count)]
     before = float("-inf")
     for _ in range(SWEEPS):
         total = 0.0
-        for q in range(count):
+        for q in order:
             chosen[q], value = pairs.reassign(q, {p: chosen[p] for p in range(count) if p != q})
             total += value
         if total <= before + 1e-9 * abs(total):
