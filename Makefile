@@ -10,12 +10,20 @@ TEST_FLAGS ?=
 PYTEST = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n auto --dist worksteal
 OUT ?= runs/quickstart
 
-.PHONY: help quickstart test test-all lint types format clean
+# The oldest versions that pyproject.toml allows, in an environment of their own, and what is run there: merging,
+# refining, saving and loading, transformers, proxies.
+OLDEST := .venv-oldest
+OLDEST_TESTS := tests/test_oldest.py tests/pleas/test_counting.py tests/pleas/test_merge.py \
+	tests/pleas/test_refine.py tests/pleas/test_transformers.py tests/datafree/test_artefact.py \
+	tests/datafree/test_pipeline.py tests/datafree/proxy
+
+.PHONY: help quickstart test test-all test-oldest lint types format clean
 
 help:
 	@echo "make quickstart   merge two digit networks from inverted images alone; table, artefact and report in $(OUT)"
 	@echo "make test         the tests, without the slow ones"
 	@echo "make test-all     every test"
+	@echo "make test-oldest  the tests of what is promised of the oldest versions that pyproject.toml allows"
 	@echo "make lint types   ruff and pyright"
 	@echo "make format       let ruff format the sources"
 
@@ -27,6 +35,10 @@ test: $(VENV)/.installed-test
 
 test-all: $(VENV)/.installed-test
 	$(PYTEST) $(TEST_FLAGS)
+
+test-oldest: $(OLDEST)/.installed
+	DATAFREE_OLDEST=1 OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(OLDEST)/bin/python -m pytest -n auto --dist worksteal \
+		-m "not slow" $(TEST_FLAGS) $(OLDEST_TESTS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -47,5 +59,12 @@ $(VENV)/.installed-%: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --disable-pip-version-check $(PIP_FLAGS) -e '.[$*]'
 	touch $@
 
+$(OLDEST)/.installed: pyproject.toml .ci/oldest.py
+	$(PYTHON) -m venv --clear $(OLDEST)
+	$(PYTHON) .ci/oldest.py > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install --disable-pip-version-check $(PIP_FLAGS) \
+		-c $(OLDEST)/constraints.txt -e '.[test]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -4,13 +4,13 @@ file.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jinja2
 
 from datafree.results import Results, cells, columns
+from datafree.text import json_text as json_text  # handed on: the pipeline asks for it here
 
 if TYPE_CHECKING:
     import pleas
@@ -56,11 +56,6 @@ def model_card(
         proxies=proxies,
         worst=sorted(result.layers, key=lambda layer: -layer.residual)[:5],
     )
-
-
-def json_text(value: Any) -> str:
-    """JSON as all our files spell it."""
-    return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
 
 
 def _table(results: Results) -> dict[str, Any]:

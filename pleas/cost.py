@@ -138,12 +138,12 @@ def _other_products(symmetry: Symmetry, layers: Sequence[Layer]) -> Iterator[_Pr
             sides = [_value_side(symmetry, left, d) for d in range(left.meta["val"].dim())]
             yield _Product(2, (*sides, _value_side(symmetry, node, node.meta["val"].dim() - 1)))
         elif node.target is aten.scaled_dot_product_attention.default:
-            q, k, v = node.args[:3]
-            dims = q.meta["val"].dim()
-            common = [_value_side(symmetry, q, d) for d in range(dims - 1)]
-            keys = _value_side(symmetry, k, dims - 2)
-            yield _Product(2, (*common, keys, _value_side(symmetry, q, dims - 1)))
-            yield _Product(2, (*common, keys, _value_side(symmetry, v, dims - 1)))
+            q, k, _ = node.args[:3]
+            # What the result has beside its last dimension: batches broadcast; key and value may have fewer heads.
+            rows = [_value_side(symmetry, node, d) for d in range(node.meta["val"].dim() - 1)]
+            keys = _value_side(symmetry, k, k.meta["val"].dim() - 2)
+            for last in (q, node):  # q k^T is summed over q's last dimension, the second product has v's
+                yield _Product(2, (*rows, keys, _value_side(symmetry, last, last.meta["val"].dim() - 1)))
 
 
 def _unmerged(node: fx.Node, batch: int) -> fx.Node:

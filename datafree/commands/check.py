@@ -13,7 +13,6 @@ from datafree.evaluate import Task
 from datafree.progress import StageProgress
 from datafree.proxy import SHARD, Source, SourceSpec, check_proxies
 from datafree.recipe import load_recipe
-from datafree.report import json_text
 from datafree.seeds import derive_seed
 from datafree.stages import (
     EvaluationSet,
@@ -28,6 +27,7 @@ from datafree.stages import (
     refuse_leak,
     trace_symmetry,
 )
+from datafree.text import json_text
 
 MOST_IMAGES = 5000  # of a source or of a task's files, hashed for the leak check; a merge compares all
 

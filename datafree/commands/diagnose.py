@@ -17,7 +17,6 @@ from datafree.progress import progress_on
 from datafree.proxy.images import frame
 from datafree.ranking import Place, Scores, light, ranking
 from datafree.recipe import load_recipe
-from datafree.report import json_text
 from datafree.seeds import derive_seed
 from datafree.stages import (
     Parents,
@@ -32,6 +31,7 @@ from datafree.stages import (
     trace_symmetry,
 )
 from datafree.tables import text_table
+from datafree.text import json_text
 
 ORACLE = "oracle"
 

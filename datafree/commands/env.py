@@ -6,8 +6,8 @@ import click
 
 from datafree.cache_limit import LIMIT_VARIABLE, limit_bytes
 from datafree.environment import machine, versions
-from datafree.report import json_text
 from datafree.store import CACHE_VARIABLE, Store, cache_folder
+from datafree.text import json_text
 
 
 def run(as_json: bool) -> None:

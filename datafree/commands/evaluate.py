@@ -11,9 +11,9 @@ from datafree.errors import UsageError
 from datafree.evaluate import Columns, check_tasks, evaluate, load_task, merged_columns
 from datafree.progress import progress_on
 from datafree.recipe import load_recipe
-from datafree.report import json_text
 from datafree.stages import choose_device, exact_arithmetic
 from datafree.tables import text_table
+from datafree.text import json_text
 
 
 def run(folder: str, recipe: str, settings: Sequence[str], device: str, as_json: bool) -> None:

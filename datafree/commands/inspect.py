@@ -17,9 +17,9 @@ from datafree.artefact import CARD, load
 from datafree.errors import UsageError
 from datafree.recipe import load_recipe
 from datafree.references import build
-from datafree.report import json_text
 from datafree.stages import begin, load_parents
 from datafree.tables import text_table
+from datafree.text import json_text
 from datafree.yaml_source import parse
 from pleas.errors import UnsupportedModel
 from pleas.extent import extents

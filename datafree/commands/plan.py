@@ -10,7 +10,6 @@ import click
 from datafree.artefact import plan_table
 from datafree.progress import progress_on
 from datafree.recipe import load_recipe
-from datafree.report import json_text
 from datafree.stages import (
     begin,
     exact_arithmetic,
@@ -24,6 +23,7 @@ from datafree.stages import (
     trace_symmetry,
 )
 from datafree.tables import text_table
+from datafree.text import json_text
 
 
 def run(recipe: str, settings: Sequence[str], device: str, as_json: bool) -> None:

@@ -15,9 +15,9 @@ from datafree.progress import progress_on
 from datafree.proxy import ProxySet, SourceReport, contact_sheet, export_folder
 from datafree.proxy.observe import watch
 from datafree.recipe import load_recipe
-from datafree.report import json_text
 from datafree.stages import Parents, begin, exact_arithmetic, load_parents, load_tasks, make_proxies
 from datafree.tables import text_table
+from datafree.text import json_text
 
 STATISTICS, IMAGES = "metrics.json", "images"
 

