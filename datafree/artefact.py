@@ -12,6 +12,7 @@ graph, which is plain data, so that loading an artefact never runs code that cam
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -30,6 +31,7 @@ from datafree.preprocess import Preprocess
 from datafree.references import ARTEFACT_MARK, build_model
 from datafree.report import model_card
 from datafree.store import content_hash, plain_tensors, write_safetensors
+from pleas.layout import everyone, owners
 from pleas.module import build_network
 from pleas.symmetry import coupled, state_of
 
@@ -112,7 +114,7 @@ def save(
     classes: label names of each head
     Raises UsageError when the folder exists and `overwrite` is not given, RunError when it cannot be written.
     """
-    heads = make_heads(head_sizes(result), classes)
+    heads = make_heads(head_sizes(result), result.parents.names, classes)
     description = Description(name, heads, reference, arguments or {}, preprocess)
     module = portable(result, reference)
     with new_folder(Path(folder), overwrite=overwrite) as building:
@@ -122,21 +124,21 @@ def save(
 
 
 def head_sizes(result: pleas.MergeResult) -> tuple[int, ...]:
-    """Outputs of each head: one number with shared labels, A's and B's with separate ones."""
+    """Outputs of each head: one number with shared labels, one for each parent with separate ones."""
     if isinstance(result.module, pleas.MergedNetwork):
         return result.module.head_sizes
-    output = next(node for node in result.symmetry.program.graph.nodes if node.op == "output")
+    output = next(node for node in result.parents.symmetry.program.graph.nodes if node.op == "output")
     return (int(output.args[0].meta["val"].shape[-1]),)
 
 
 def make_heads(
-    sizes: Sequence[int], classes: Sequence[Sequence[str] | None] | None = None
+    sizes: Sequence[int], parents: Sequence[str], classes: Sequence[Sequence[str] | None] | None = None
 ) -> tuple[Head, ...]:
     """Heads with their label names; raises UsageError where the names do not fit the outputs."""
     names = [None] * len(sizes) if classes is None else list(classes)
     if len(names) != len(sizes):
         raise UsageError(f"classes has {len(names)} entries for {len(sizes)} heads: give one per head")
-    owners = ("a and b",) if len(sizes) == 1 else ("a", "b")
+    owners = (f"{', '.join(parents[:-1])} and {parents[-1]}",) if len(sizes) == 1 else tuple(parents)
     for owner, size, labels in zip(owners, sizes, names, strict=True):
         if labels is not None and len(labels) != size:
             raise UsageError(
@@ -161,7 +163,7 @@ def portable(result: pleas.MergeResult, reference: str | None) -> nn.Module:
     if config is None:
         config = pleas.program_config(_as_graph(result))
         assert config is not None
-        state = state_of(result.symmetry.program, module)
+        state = state_of(result.parents.symmetry.program, module)
     else:
         state = module.state_dict()
     # Copied into fresh memory: a stride that is free to choose (a dimension of size 1) would otherwise
@@ -172,7 +174,7 @@ def portable(result: pleas.MergeResult, reference: str | None) -> nn.Module:
 
 
 def _as_graph(result: pleas.MergeResult) -> pleas.MergedNetwork:
-    program = result.symmetry.program
+    program = result.parents.symmetry.program
     trainable = {*program.parameters, *program.added}
     state = state_of(program, result.module)
     tensors = {key: (value, key in trainable) for key, value in state.items()}
@@ -196,7 +198,7 @@ def write_model(
         "heads": [asdict(head) for head in description.heads],
         "flops": {"merged": result.flops, "parent": result.parent_flops, "ratio": result.ratio},
         "parameters": result.parameters,
-        "plan": plan_table(result.symmetry, result.plan),
+        "plan": plan_table(result.parents, result.plan),
         **description.details,
         "network": network,
     }
@@ -213,19 +215,26 @@ def write_model(
     return config
 
 
-def plan_table(symmetry: pleas.Symmetry, plan: pleas.Plan) -> list[dict[str, Any]]:
-    """Per class of units: how many are fused, how many of each parent stay apart, and why where none may."""
-    rows = []
+def plan_table(parents: pleas.Parents, plan: pleas.Plan) -> list[dict[str, Any]]:
+    """Per class of units: how many all parents share, how many do not, whose the merged units are, and why where none may
+    be kept apart."""
+    rows, symmetry = [], parents.symmetry
     for index, unit_class in enumerate(symmetry.classes):
         chosen = plan.classes[index]
-        heads = chosen.heads is not None
+        counts = Counter(chosen.masks.tolist())
+        fused = counts[everyone(parents.count)]
+        owned = {
+            " + ".join(parents.names[p] for p in owners(mask)): count
+            for mask, count in sorted(counts.items())
+        }
         rows.append(
             {
                 "class": unit_class.name,
                 "kind": unit_class.kind,
                 "units": unit_class.size,
-                "fused": 0 if heads else len(chosen.fused),
-                "apart": unit_class.size if heads else len(chosen.apart),
+                "fused": fused,
+                "apart": unit_class.size - fused,
+                "owners": owned,
                 "width": chosen.width,
                 "reason": "" if unit_class.widenable else unit_class.reason,
                 "couples": coupled(unit_class, symmetry.shapes).split(" - "),

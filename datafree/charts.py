@@ -10,17 +10,11 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from datafree.results import Results, Row, average_of
+from datafree.results import Kind, Results, Row, average_of
 
-OURS, REFINED, ORACLE, PARENT_A, PARENT_B, ENSEMBLE, BASELINE = (
-    "#0b6e4f",
-    "#6a3fa0",
-    "#c1666b",
-    "#2f6db5",
-    "#8b5a2b",
-    "#34344a",
-    "#d08700",
-)
+OURS, REFINED, ORACLE, ENSEMBLE, BASELINE = "#0b6e4f", "#6a3fa0", "#c1666b", "#34344a", "#d08700"
+PARENTS = ("#2f6db5", "#8b5a2b", "#7d8ca3", "#b5838d", "#5f7a61")
+_DASHES = ("--", "-.", (0, (1, 1)), (0, (5, 1)), (0, (3, 1, 1, 1)))
 _STYLE: dict[Any, Any] = {
     "font.size": 9,
     "font.family": "sans-serif",
@@ -41,8 +35,7 @@ Score = Callable[[Row], float | None]
 
 
 def accuracy_chart(results: Results) -> str | None:
-    """Accuracy against real FLOPs, the parents and the ensemble as lines; None where nothing was "
-    "evaluated."""
+    """Accuracy against real FLOPs, the parents and the ensemble as lines; None where nothing was evaluated."""
     panels = _panels(results)
     if not panels:
         return None
@@ -71,7 +64,7 @@ def accuracy_chart(results: Results) -> str | None:
 
 
 def residual_chart(results: Results) -> str | None:
-    """Predicted relative residual of every layer, one line per merged network; None without least squares."""
+    """Relative residual of every layer, one line per merged network; None without least squares."""
     shown = [(point, layers) for point, layers in results.layers.items() if layers]
     if not shown:
         return None
@@ -87,7 +80,7 @@ def residual_chart(results: Results) -> str | None:
             axis.plot(
                 range(len(values)), values, color=shade, marker=marker, ms=3.5, lw=1.2, label=point.label
             )
-        axis.set_ylabel("predicted residual,\n% of the target's variance")
+        axis.set_ylabel("residual of the solve,\n% of the target's variance")
         axis.set_ylim(bottom=0)
         step = -(-len(names) // 40)
         axis.set_xticks(range(0, len(names), step), names[::step], rotation=90, fontsize=6.5)
@@ -153,23 +146,27 @@ def _task_score(task: str) -> Score:
 
 
 def _curve(axis: Axes, results: Results, score: Score) -> None:
-    for name, colour, style in (
-        ("parent a", PARENT_A, "--"),
-        ("parent b", PARENT_B, "-."),
-        ("ensemble", ENSEMBLE, ":"),
-    ):
-        for row in results.named(name):
-            value = score(row)
-            if value is not None:
-                axis.axhline(100 * value, color=colour, ls=style, lw=1.3, label=name)
+    lines = [
+        (row, PARENTS[number % len(PARENTS)], _DASHES[number % len(_DASHES)])
+        for number, row in enumerate(results.of_kind("parent"))
+    ]
+    for row, colour, style in [*lines, *((row, ENSEMBLE, ":") for row in results.of_kind("ensemble"))]:
+        value = score(row)
+        if value is not None:
+            axis.axhline(100 * value, color=colour, ls=style, lw=1.3, label=row.title)
     for name, marker in (("plain average", "x"), ("permutation only", "+")):
-        values = [(row.ratio, score(row)) for row in results.named(name)]
+        values = [(row.ratio, score(row)) for row in results.of_kind("baseline") if row.name == name]
         points = [(ratio, 100 * value) for ratio, value in values if value is not None]
         if points:
             x, y = zip(*points, strict=True)
             axis.plot(x, y, marker=marker, ms=8, mew=1.8, ls="none", color=BASELINE, label=name)
-    for name, colour, style in (("oracle", ORACLE, "--"), ("merged", OURS, "-"), ("refined", REFINED, "-")):
-        values = sorted((row.ratio, score(row)) for row in results.named(name) if score(row) is not None)
+    kinds: tuple[tuple[Kind, str, str], ...] = (
+        ("oracle", ORACLE, "--"),
+        ("merged", OURS, "-"),
+        ("refined", REFINED, "-"),
+    )
+    for name, colour, style in kinds:
+        values = sorted((row.ratio, score(row)) for row in results.of_kind(name) if score(row) is not None)
         if values:
             x = [ratio for ratio, _ in values]
             y = [100 * value for _, value in values if value is not None]

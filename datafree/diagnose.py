@@ -17,7 +17,8 @@ from datafree.errors import UsageError
 from datafree.models import Parent
 from datafree.proxy.build import ProxySet
 from datafree.proxy.observe import Observation, Sums, agreement, watch
-from datafree.proxy.spectra import Cover, Frame, Rank, ranks, shared_assignments
+from datafree.proxy.spectra import Rank, ranks, shared_assignments
+from pleas.coverage import Cover, cover
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
 
@@ -58,7 +59,7 @@ class SourceDiagnosis:
     name: str
     images: int
     seconds_per_1000: float | None
-    parents: tuple[ParentScores, ParentScores]
+    parents: tuple[ParentScores, ...]
     stability: float
     agreement: float | None
     cover: tuple[Cover, ...] | None
@@ -129,9 +130,8 @@ class SourceDiagnosis:
 
 def diagnose(
     proxies: ProxySet,
-    parents: tuple[Parent, Parent],
-    symmetry: pleas.Symmetry,
-    settings: pleas.MergeSettings,
+    parents: Sequence[Parent],
+    networks: pleas.Parents,
     *,
     real: Tensor | None = None,
     batch: int = 64,
@@ -155,12 +155,10 @@ def diagnose(
             )
     if len(sets) > 1:
         sets.append(("all", proxies, None))
-    known = None if real is None else _Reference(real, parents, symmetry, settings, batch, place)
+    known = None if real is None else _Reference(real, parents, networks, batch, place)
     found = []
     for number, (name, images, seconds) in enumerate(sets):
-        one = examine(
-            name, images, parents, symmetry, settings, seconds=seconds, real=known, batch=batch, device=place
-        )
+        one = examine(name, images, parents, networks, seconds=seconds, real=known, batch=batch, device=place)
         found.append(one.diagnosis)
         if progress is not None:
             progress("diagnosis", number + 1, len(sets))
@@ -173,16 +171,14 @@ class _Reference:
     def __init__(
         self,
         images: Tensor,
-        parents: tuple[Parent, Parent],
-        symmetry: pleas.Symmetry,
-        settings: pleas.MergeSettings,
+        parents: Sequence[Parent],
+        networks: pleas.Parents,
         batch: int,
         device: torch.device,
     ) -> None:
-        inputs = list(_inputs(images.split(batch), parents, device))
-        a, b = (parent.module for parent in parents)
-        self.statistics = pleas.collect(symmetry, a, b, inputs, settings, images=len(images))
-        self.matching = pleas.match(symmetry, self.statistics, a, b, settings)
+        self.inputs = list(_inputs(images.split(batch), parents, device))
+        statistics = pleas.collect(networks, self.inputs, images=len(images))
+        self.alignments = pleas.match(networks, statistics)
 
 
 @dataclass(frozen=True)
@@ -190,16 +186,14 @@ class Examined:
     """A diagnosis and what it was computed from, for whoever goes on to merge."""
 
     diagnosis: SourceDiagnosis
-    statistics: pleas.Statistics
-    matching: pleas.Permutation
+    evidence: pleas.Evidence
 
 
 def examine(
     name: str,
     images: ProxySet,
-    parents: tuple[Parent, Parent],
-    symmetry: pleas.Symmetry,
-    settings: pleas.MergeSettings,
+    parents: Sequence[Parent],
+    networks: pleas.Parents,
     *,
     seconds: float | None = None,
     real: _Reference | None = None,
@@ -208,7 +202,6 @@ def examine(
 ) -> Examined:
     """One set of images by itself; the statistics are those of `pleas.collect` over all of it."""
     place = device or torch.device("cpu")
-    a, b = (parent.module for parent in parents)
     total, middle = len(images), len(images) // 2
     halves = []
     # Not every other image: a split inversion deals its images to the parents in turn.
@@ -220,28 +213,48 @@ def examine(
 
     for first, last in bounds:
         inputs = _inputs(half_of(first, last), parents, place)
-        halves.append(pleas.collect(symmetry, a, b, inputs, settings, first_image=first, images=total))
-    matchings = [pleas.match(symmetry, half, a, b, settings) for half in halves]
+        halves.append(pleas.collect(networks, inputs, first_image=first, images=total))
+    matchings = [pleas.match(networks, half) for half in halves]
     statistics = halves[0] + halves[1]
-    matching = pleas.match(symmetry, statistics, a, b, settings)
+    everything = _Batches(lambda: _inputs(half_of(0, total), parents, place), -(-total // batch))
+    evidence = pleas.gather(networks, everything, statistics=statistics)
     seen = [[watch(parent, half_of(*half), place) for half in bounds] for parent in parents]
     whole = [(first + second).observation() for first, second in seen]
-    rank_a, rank_b = ranks(symmetry, statistics)
-    cover = None
-    if real is not None:
-        frame = Frame(symmetry, statistics, matching, a, b, settings)
-        cover = tuple(frame.cover(statistics, real.statistics))
+    ranked = ranks(networks, statistics)
+    covered = None if real is None else tuple(cover(evidence, real.inputs))
     diagnosis = SourceDiagnosis(
         name=name,
         images=total,
         seconds_per_1000=seconds,
-        parents=(_scores(whole[0], seen[0], rank_a), _scores(whole[1], seen[1], rank_b)),
-        stability=shared_assignments(symmetry, *matchings),
-        agreement=agreement(*whole) if settings.heads == "shared" else None,
-        cover=cover,
-        matched_as_real=None if real is None else shared_assignments(symmetry, matching, real.matching),
+        parents=tuple(_scores(*one) for one in zip(whole, seen, ranked, strict=True)),
+        stability=_alike(networks, *matchings),
+        agreement=agreement(whole) if networks.settings.heads == "shared" else None,
+        cover=covered,
+        matched_as_real=None if real is None else _alike(networks, evidence.alignments, real.alignments),
     )
-    return Examined(diagnosis, statistics, matching)
+    return Examined(diagnosis, evidence)
+
+
+def _alike(
+    networks: pleas.Parents, one: Sequence[pleas.Permutation], two: Sequence[pleas.Permutation]
+) -> float:
+    """Share of units that both matchings pair alike, over the parents that were matched to the first."""
+    pairs = list(zip(one[1:], two[1:], strict=True))
+    return _mean([shared_assignments(networks.symmetry, *pair) for pair in pairs])
+
+
+@dataclass(frozen=True)
+class _Batches:
+    """Batches that can be read again. make: a fresh run through them    count: how many"""
+
+    make: Callable[[], Iterator[tuple[Tensor, ...]]]
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        return self.make()
 
 
 def _scores(whole: Observation, halves: Sequence[Sums], found: Sequence[Rank]) -> ParentScores:
@@ -250,14 +263,14 @@ def _scores(whole: Observation, halves: Sequence[Sums], found: Sequence[Rank]) -
 
 
 def _inputs(
-    batches: Sequence[Tensor] | Iterator[Tensor], parents: tuple[Parent, Parent], device: torch.device
-):
-    """Each batch as both parents take it."""
-    a, b = (parent.preprocess for parent in parents)
+    batches: Sequence[Tensor] | Iterator[Tensor], parents: Sequence[Parent], device: torch.device
+) -> Iterator[tuple[Tensor, ...]]:
+    """Each batch as every parent takes it."""
+    own = [parent.preprocess for parent in parents]
     for images in batches:
         moved = images.to(device)
-        first = a(moved)
-        yield first, first if a == b else b(moved)
+        first = own[0](moved)
+        yield tuple(first if one == own[0] else one(moved) for one in own)
 
 
 def _mean(values: Sequence[float]) -> float:

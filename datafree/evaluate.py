@@ -3,14 +3,16 @@ functions.
 
 A task has labelled images and says which parent is its expert. A network's output columns are divided into
 heads: with shared labels one head serves every task; with separate labels a task uses the head of its expert,
-and the joint accuracy asks for the right class among the labels of both heads.
+and the joint accuracy asks for the right class among the labels of all heads.
 """
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,22 +26,23 @@ from datafree.images import ImageSet, ImageSpec, load_images
 from datafree.preprocess import Preprocess
 from datafree.spec import Spec
 
-Expert = Literal["a", "b", "both"]
 Labels = Literal["shared", "separate"]
-Columns = Mapping[str, slice]  # expert -> the output columns that answer its tasks
+BOTH = "both"  # what older recipes say for all parents
+EVERY = "every parent"  # the expert of a task that names none
+Columns = Mapping[str, slice]  # expert, or EVERY -> the output columns that answer its tasks
 Progress = Callable[[str, int, int], None]  # stage, done, total
 
 
 class TaskSpec(Spec):
     """One task in a recipe.
 
-    expert:       the parent that was trained for it: a, b, or both; with separate labels it says which head
-    answers
+    expert:       the name of the parent that was trained for it; absent (or "both") where all were. With separate labels
+                  it says which head answers
     label_offset: taken off every label, where the images' labels 5, 6, ... are the head's outputs 0, 1, ...
     """
 
     name: str = pydantic.Field(min_length=1)
-    expert: Expert = "both"
+    expert: str | None = None
     images: ImageSpec
     label_offset: int = pydantic.Field(default=0, ge=0)
 
@@ -49,7 +52,7 @@ class Task:
     """Labelled images. targets: int64 (N,), the right output for each image, counted inside its head."""
 
     name: str
-    expert: Expert
+    expert: str | None
     images: ImageSet
     targets: np.ndarray
 
@@ -78,32 +81,42 @@ def load_task(spec: TaskSpec, base: Path, *, verify: bool = True) -> Task:
             f"{images.labels.min()}: "
             "lower the offset, or choose images with keep_labels"
         )
-    return Task(spec.name, spec.expert, images, targets)
+    return Task(spec.name, None if spec.expert == BOTH else spec.expert, images, targets)
 
 
-def merged_columns(labels: Labels, outputs_a: int, outputs_b: int) -> Columns:
-    """Heads of a network that answers for both parents: a merged model or an ensemble."""
+def merged_columns(labels: str, outputs: Mapping[str, int]) -> Columns:
+    """Heads of a network that answers for all parents: a merged model or an ensemble. outputs: of each parent."""
     if labels == "shared":
-        return dict.fromkeys(("a", "b", "both"), slice(0, outputs_a))
-    return {"a": slice(0, outputs_a), "b": slice(outputs_a, outputs_a + outputs_b)}
+        return dict.fromkeys((*outputs, EVERY), slice(0, next(iter(outputs.values()))))
+    ends = list(accumulate(outputs.values()))
+    return {name: slice(end - size, end) for (name, size), end in zip(outputs.items(), ends, strict=True)}
 
 
-def parent_columns(labels: Labels, name: str, outputs: int) -> Columns:
-    """Heads of the parent `name` alone: with separate labels it has no answer to the other parent's tasks."""
-    names = ("a", "b", "both") if labels == "shared" else (name,)
-    return dict.fromkeys(names, slice(0, outputs))
+def parent_columns(labels: str, name: str, outputs: Mapping[str, int]) -> Columns:
+    """Heads of the parent `name` alone: with separate labels it has no answer to other parents' tasks."""
+    names = (*outputs, EVERY) if labels == "shared" else (name,)
+    return dict.fromkeys(names, slice(0, outputs[name]))
+
+
+def head_of(task: Task, columns: Columns) -> slice | None:
+    """The output columns that answer a task; None where there are none."""
+    return columns.get(task.expert or EVERY)
 
 
 def check_tasks(tasks: Sequence[Task], columns: Columns) -> None:
     """Raises UsageError where a task names a head that is not there, or a class the head does not have."""
     for task in tasks:
-        head = columns.get(task.expert)
-        if head is None:
+        head = head_of(task, columns)
+        names = [name for name in columns if name != EVERY]
+        if head is None and task.expert is None:
             raise UsageError(
-                f"task {task.name}: expert is {task.expert!r}, but with separate labels each task needs the "
-                "head of one "
-                "parent: say `expert: a` or `expert: b`"
+                f"task {task.name}: with separate labels each task needs the head of one parent: say "
+                f"`expert: {names[0]}` or another of {', '.join(names)}"
             )
+        if head is None:
+            close = difflib.get_close_matches(str(task.expert), names, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"the parents are {', '.join(names)}"
+            raise UsageError(f"task {task.name}: expert {task.expert!r} is no parent; {hint}")
         size = head.stop - head.start
         if task.targets.max() >= size:
             raise UsageError(
@@ -123,7 +136,7 @@ class TaskScore:
     """
 
     task: str
-    expert: Expert
+    expert: str | None
     count: int
     accuracy: float
     per_class: Mapping[str, float]
@@ -136,7 +149,7 @@ class TaskScore:
 class Evaluation:
     """One network on every task it can answer.
 
-    average: mean of the tasks' accuracies        joint: accuracy among the labels of both heads, images of
+    average: mean of the tasks' accuracies        joint: accuracy among the labels of all heads, images of
     all tasks pooled; None with shared labels and for a network with one head
     """
 
@@ -184,7 +197,7 @@ def evaluate(
     joint_right, joint_count = 0, 0
     ends = sorted({(head.start, head.stop) for head in columns.values()})
     for task in tasks:
-        head = columns.get(task.expert)
+        head = head_of(task, columns)
         if head is None:
             continue
         logits = predict(

@@ -25,8 +25,8 @@ from datafree.recipe import RecipeFile
 from datafree.report import html_report, json_text, model_card
 from datafree.results import Results, Row
 from datafree.stages import (
+    LoadedParents,
     Merged,
-    Parents,
     Work,
     average_weights,
     begin,
@@ -46,7 +46,7 @@ from datafree.stages import (
     proxy_inputs,
     refine_merged,
     solve_plans,
-    trace_symmetry,
+    trace_parents,
 )
 
 RECIPE, RESOLVED, METRICS, RECORD, REPORT = (
@@ -94,22 +94,22 @@ def run(
         parents = load_parents(work)
         tasks = load_tasks(work, parents)
         real = load_oracle(work, tasks)
-        symmetry = trace_symmetry(work, parents)
-        check_rows(work, symmetry, recipe.recipe.proxy.count)
-        check_refining(work, parents, symmetry)
+        networks = trace_parents(work, parents)
+        check_rows(work, networks, recipe.recipe.proxy.count)
+        check_refining(work, parents, networks)
         proxies = make_proxies(work, parents, tasks)
         inputs = proxy_inputs(work, parents, proxies)
-        evidence = gather_evidence(work, parents, symmetry, inputs)
-        looks = judge_proxies(work, parents, symmetry, proxies, evidence)
-        plans = make_plans(work, parents, symmetry, evidence)
-        merged = solve_plans(work, parents, symmetry, evidence, plans)
-        refined = refine_merged(work, parents, proxies, merged)
-        baselines = average_weights(work, parents, symmetry, evidence, inputs)
-        oracles = merge_real(work, parents, symmetry, real)
-        caution = _caution(symmetry)
+        evidence = gather_evidence(work, parents, networks, inputs)
+        looks = judge_proxies(work, parents, proxies, evidence)
+        plans = make_plans(work, evidence)
+        merged = solve_plans(work, parents, evidence, plans)
+        refined = refine_merged(work, parents, evidence, proxies, merged)
+        baselines = average_weights(work, evidence, inputs)
+        oracles = merge_real(work, parents, networks, real)
+        caution = _caution(networks.symmetry)
         rows, curves = evaluate_all(work, parents, tasks, baselines, merged, refined, oracles, caution)
         with work.progress.stage("report"):
-            results = _results(work, parents, symmetry, proxies, merged, rows)
+            results = _results(work, parents, networks, proxies, merged, rows)
             seconds = time.perf_counter() - started
             record = _record(work, parents, proxies, real, seconds, command)
             record["proxies"]["diagnosis"] = looks
@@ -134,8 +134,8 @@ def _caution(symmetry: pleas.Symmetry) -> str:
 
 def _results(
     work: Work,
-    parents: Parents,
-    symmetry: pleas.Symmetry,
+    parents: LoadedParents,
+    networks: pleas.Parents,
     proxies: ProxySet,
     merged: Sequence[Merged],
     rows: tuple[Row, ...],
@@ -145,16 +145,18 @@ def _results(
         one.point: {
             "flops": one.result.flops,
             "ratio": one.result.ratio,
-            "predicted_error": one.result.plan.predicted_error,
+            "held_out_error": one.result.held_out_error,
+            "propagate": one.result.propagate,
+            "tried": [[t, error] for t, error in one.result.tried.items()],
             "mean_residual": one.result.mean_residual,
-            "classes": plan_table(symmetry, one.result.plan),
+            "classes": plan_table(networks, one.result.plan),
         }
         for one in merged
     }
     notes = [
         *parents.notes,
-        *symmetry.program.notes,
-        *symmetry.notes,
+        *networks.symmetry.program.notes,
+        *networks.symmetry.notes,
         *proxies.notes,
         *_dead(merged),
         *work.progress.notes,
@@ -183,7 +185,7 @@ def _dead(merged: Sequence[Merged]) -> list[str]:
 
 def _record(
     work: Work,
-    parents: Parents,
+    parents: LoadedParents,
     proxies: ProxySet,
     real: ImageSet | None,
     seconds: float,
@@ -218,7 +220,7 @@ def _record(
     }
 
 
-def _describe(parents: Parents) -> dict[str, Any]:
+def _describe(parents: LoadedParents) -> dict[str, Any]:
     return {
         parent.name: {
             "reference": parent.reference,
@@ -227,7 +229,7 @@ def _describe(parents: Parents) -> dict[str, Any]:
             "fingerprint": parent.fingerprint,
             "preprocess": parent.preprocess.to_dict(),
         }
-        for parent in (parents.a, parents.b)
+        for parent in parents.each
     }
 
 
@@ -237,7 +239,7 @@ def _describe(parents: Parents) -> dict[str, Any]:
 def _write(
     work: Work,
     out: Path,
-    parents: Parents,
+    parents: LoadedParents,
     proxies: ProxySet,
     merged: Sequence[Merged],
     results: Results,
@@ -245,8 +247,7 @@ def _write(
     overwrite: bool,
     export: bool,
 ) -> tuple[Path, ...]:
-    """One artefact in `out` itself, or one per point in folders inside it with the report over all of "
-    "them."""
+    """One artefact in `out` itself, or one per point in folders inside it with the report over all of them."""
     recipe = work.recipe
     shared = {
         RECIPE: recipe.source.text,
@@ -275,17 +276,18 @@ def _write_texts(folder: Path, texts: dict[str, str]) -> None:
         (folder / name).write_text(text, encoding="utf-8")
 
 
-def _description(recipe: RecipeFile, parents: Parents, one: Merged) -> Description:
+def _description(recipe: RecipeFile, parents: LoadedParents, one: Merged) -> Description:
     spec = recipe.recipe
-    classes = [parents.a.classes or parents.b.classes]
-    sizes = [parents.a.outputs]
+    classes = [next((parent.classes for parent in parents.each if parent.classes), None)]
+    sizes = [parents.first.outputs]
     if spec.labels == "separate":
-        classes, sizes = [parents.a.classes, parents.b.classes], [parents.a.outputs, parents.b.outputs]
+        classes = [parent.classes for parent in parents.each]
+        sizes = [parent.outputs for parent in parents.each]
     return Description(
         name=f"{spec.name}, {one.point.label}",
-        heads=make_heads(sizes, classes),
-        reference=parents.a.reference,
-        arguments=parents.a.arguments,
+        heads=make_heads(sizes, parents.names, classes),
+        reference=parents.first.reference,
+        arguments=parents.first.arguments,
         input=parents.input,
         recipe=spec.fingerprint(),
         details={

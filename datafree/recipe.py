@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import math
 import os
 import re
 import types
@@ -17,7 +18,7 @@ from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 from pydantic import Field, field_validator, model_validator
@@ -25,29 +26,21 @@ from pydantic import Field, field_validator, model_validator
 import pleas
 from datafree import yaml_source
 from datafree.errors import UsageError
-from datafree.evaluate import TaskSpec
+from datafree.evaluate import BOTH, TaskSpec
 from datafree.images import ImageSpec
 from datafree.models import ParentSpec
 from datafree.proxy import ProxySpec
 from datafree.proxy.inversion import InversionSpec
 from datafree.spec import Spec
 from datafree.yaml_source import Key, Source
-
-BUDGET_RANGE = (1.0, 2.0)
-
-
-class ParentsSpec(Spec):
-    """The two parents: one architecture, two sets of weights."""
-
-    a: ParentSpec
-    b: ParentSpec
+from pleas.parents import MOST
 
 
 class MergeSpec(Spec):
     """How the parents are merged; one merged model per entry of `budgets` or `apart`, all from one pass of
     statistics.
 
-    budgets: multiply-adds of the merged model relative to one parent, 1 to 2
+    budgets: multiply-adds of the merged model relative to one parent, from 1 to the number of parents
     apart:   the other way to say it: the fraction of every class's units that stays apart, 0 to 1
     batch:   images per forward pass while statistics are collected
     The other keys are those of `pleas.MergeSettings`.
@@ -56,8 +49,11 @@ class MergeSpec(Spec):
     budgets: tuple[float, ...] | None = None
     apart: tuple[float, ...] | None = None
     matching: Literal["activation", "weight"] = "activation"
-    allocation: Literal["error", "uniform", "zip"] = "error"
+    allocation: Literal["error", "uniform", "zip", "early"] = "error"
+    propagate: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = "auto"
     ridge: float = Field(default=1e-3, gt=0)
+    head_ridge: float = Field(default=0.1, gt=0)
+    holdout: float = Field(default=0.125, gt=0, le=0.5)
     rows: int = Field(default=16, ge=1)
     positions: int = Field(default=64, ge=1)
     min_rows: float = Field(default=0.25, ge=0)
@@ -68,8 +64,9 @@ class MergeSpec(Spec):
     def _budgets_in_range(cls, budgets: tuple[float, ...] | None) -> tuple[float, ...] | None:
         return _points(
             budgets,
-            *BUDGET_RANGE,
-            "a budget is multiply-adds relative to one parent: 1 is one parent, 2 both side by side",
+            1.0,
+            None,
+            "a budget is multiply-adds relative to one parent: 1 is one parent, 2 two of them side by side",
         )
 
     @field_validator("apart")
@@ -91,7 +88,10 @@ class MergeSpec(Spec):
             matching=self.matching,
             allocation=self.allocation,
             heads=labels,
+            propagate=self.propagate,
             ridge=self.ridge,
+            head_ridge=self.head_ridge,
+            holdout=self.holdout,
             rows=self.rows,
             positions=self.positions,
             min_rows=self.min_rows,
@@ -100,14 +100,16 @@ class MergeSpec(Spec):
 
 
 def _points(
-    values: tuple[float, ...] | None, low: float, high: float, meaning: str
+    values: tuple[float, ...] | None, low: float, high: float | None, meaning: str
 ) -> tuple[float, ...] | None:
     if values is None:
         return None
     if not values:
         raise ValueError("the list is empty: give at least one value")
     for value in values:
-        if not low <= value <= high:
+        if high is None and not low <= value < math.inf:
+            raise ValueError(f"{value:g} is below {low:g} or no number; {meaning}")
+        if high is not None and not low <= value <= high:
             raise ValueError(f"{value:g} is outside [{low:g}, {high:g}]; {meaning}")
     if len(set(values)) < len(values):
         raise ValueError(f"a value appears twice in {list(values)}: keep each once")
@@ -140,7 +142,7 @@ class FreshSpec(Spec):
 
 
 class RefineSpec(Spec):
-    """A short distillation of both parents into every merged network, on the proxies alone; its keys are those of
+    """A short distillation of all parents into every merged network, on the proxies alone; its keys are those of
     `pleas.refine.RefineSettings`. Give `steps`, or `minutes` per network.
 
     augment: shift: moved a little and mirrored; light: kornia's crops, mirrors and colours, as for proxies; none
@@ -179,14 +181,15 @@ class RefineSpec(Spec):
 class Recipe(Spec):
     """One merge: parents, labels, proxies, settings and how the result is judged.
 
-    labels: "shared" (both parents predict the same classes: one head) or "separate" (one head per parent)
+    parents: two or more of one architecture, by names of your choice
+    labels: "shared" (all parents predict the same classes: one head) or "separate" (one head per parent)
     folder: where relative paths start; the recipe's own folder when absent
     """
 
     name: str
     seed: int = Field(default=0, ge=0)
     folder: str | None = None
-    parents: ParentsSpec
+    parents: dict[str, ParentSpec]
     labels: Literal["shared", "separate"] = "shared"
     proxy: ProxySection
     merge: MergeSpec
@@ -203,6 +206,22 @@ class Recipe(Spec):
                 "with a letter or digit"
             )
         return name
+
+    @field_validator("parents")
+    @classmethod
+    def _several(cls, parents: dict[str, ParentSpec]) -> dict[str, ParentSpec]:
+        if not 2 <= len(parents) <= MOST:
+            raise ValueError(
+                f"{len(parents)} parent{'s' * (len(parents) != 1)}: a merge takes 2 to {MOST} networks of one "
+                "architecture, as `parents: {first: {model: ...}, second: {model: ...}}`"
+            )
+        for name in parents:
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+                raise ValueError(
+                    f"{name!r} is no name for a parent: use letters, digits, '.', '_' and '-', starting with a letter or "
+                    "digit"
+                )
+        return parents
 
     @model_validator(mode="after")
     def _fresh_from_somewhere(self) -> Recipe:
@@ -301,6 +320,17 @@ def _conflicts(recipe: Recipe) -> Iterator[tuple[Key, str]]:
                 f"{task.name!r} is already the name of evaluate.{first[task.name]}: rename one",
             )
         first.setdefault(task.name, index)
+        names = list(recipe.parents)
+        if task.expert is not None and task.expert not in names and task.expert != BOTH:
+            meant = _did_you_mean(task.expert, names, listed=False) or f"; they are {', '.join(names)}"
+            yield ("evaluate", index, "expert"), f"{task.expert!r} is none of the parents{meant}"
+    for index, budget in enumerate(recipe.merge.budgets or ()):
+        if budget > len(recipe.parents):
+            yield (
+                ("merge", "budgets", index),
+                f"{budget:g} is more than all {len(recipe.parents)} parents side by side cost: at most "
+                f"{len(recipe.parents)}",
+            )
 
 
 def _yaml_nearby(path: Path) -> str:
@@ -433,6 +463,8 @@ def _known_keys(annotation: Any, loc: Sequence[int | str]) -> list[str]:
                     return _known_keys(variant, rest)
         elif isinstance(head, int) and typing.get_args(member):
             return _known_keys(typing.get_args(member)[0], rest)
+        elif typing.get_origin(member) is dict:
+            return _known_keys(typing.get_args(member)[1], rest)
     return []
 
 

@@ -59,7 +59,7 @@ def model_card(
 
 
 def _table(results: Results) -> dict[str, Any]:
-    ours = [row.name in ("merged", "refined") for row in results.rows]
+    ours = [row.kind in ("merged", "refined") for row in results.rows]
     return {
         "columns": columns(results),
         "rows": [cells(results, row) for row in results.rows],

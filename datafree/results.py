@@ -10,6 +10,8 @@ from typing import Any, Literal
 import pleas
 from datafree.evaluate import Evaluation
 
+Kind = Literal["parent", "ensemble", "baseline", "merged", "refined", "oracle"]
+
 
 @dataclass(frozen=True)
 class Point:
@@ -31,13 +33,15 @@ class Point:
 class Row:
     """One network: what it costs and how good it is.
 
-    name:  "parent a", "parent b", "ensemble", "plain average", "permutation only", "merged" (least
-           squares), "refined" or "oracle"
+    kind:  what it is: merged is by least squares, the oracle is merged from real images
+    name:  which parent, or which baseline; "" where there is but one of the kind
     flops: floating-point operations for one image, as FlopCounterMode counts them (2 per multiply-add)
     ratio: flops relative to one parent
     note:  what a reader must know to compare the row, "" where nothing
+    predicted: squared error of the outputs on held-out proxies, relative to the variance of what they should be
     """
 
+    kind: Kind
     name: str
     flops: int
     ratio: float
@@ -45,20 +49,30 @@ class Row:
     evaluation: Evaluation
     point: Point | None = None
     note: str = ""
+    predicted: float | None = None
+
+    @property
+    def title(self) -> str:
+        """ "parent a", "ensemble", "plain average", "merged"."""
+        if self.kind == "baseline":
+            return self.name
+        return f"{self.kind} {self.name}".rstrip()
 
     @property
     def label(self) -> str:
-        return self.name if self.point is None else f"{self.name}, {self.point.label}"
+        return self.title if self.point is None else f"{self.title}, {self.point.label}"
 
     def to_dict(self) -> dict[str, Any]:
         point = None if self.point is None else {"kind": self.point.kind, "value": self.point.value}
         return {
-            "name": self.name,
+            "kind": self.kind,
+            "name": self.title,
             "point": point,
             "flops": self.flops,
             "ratio": self.ratio,
             "parameters": self.parameters,
             "note": self.note,
+            "predicted": self.predicted,
             **self.evaluation.to_dict(),
         }
 
@@ -80,12 +94,12 @@ class Results:
     plans: Mapping[Point, Mapping[str, Any]]
     notes: tuple[str, ...]
 
-    def named(self, name: str) -> list[Row]:
-        return [row for row in self.rows if row.name == name]
+    def of_kind(self, kind: Kind) -> list[Row]:
+        return [row for row in self.rows if row.kind == kind]
 
     @property
     def joint(self) -> bool:
-        """Whether any row has an accuracy among the labels of both heads."""
+        """Whether any row has an accuracy among the labels of all heads."""
         return any(row.evaluation.joint is not None for row in self.rows)
 
     def to_dict(self) -> dict[str, Any]:
@@ -120,7 +134,7 @@ def columns(results: Results) -> list[str]:
         *(["average"] if len(results.tasks) > 1 else []),
         *(["joint"] if results.joint else []),
     ]
-    return ["network", *accuracies, "FLOPs", "ratio", "parameters"]
+    return ["network", *accuracies, "predicted", "FLOPs", "ratio", "parameters"]
 
 
 def cells(results: Results, row: Row) -> list[str]:
@@ -132,7 +146,8 @@ def cells(results: Results, row: Row) -> list[str]:
     if results.joint:
         accuracies.append(row.evaluation.joint)
     shown = ["-" if value is None else f"{100 * value:.1f}" for value in accuracies]
-    return [row.label, *shown, _si(row.flops), f"{row.ratio:.3f}", _si(row.parameters)]
+    predicted = "-" if row.predicted is None else f"{row.predicted:.3f}"
+    return [row.label, *shown, predicted, _si(row.flops), f"{row.ratio:.3f}", _si(row.parameters)]
 
 
 def average_of(results: Results, row: Row) -> float | None:

@@ -143,7 +143,11 @@ def _covered(parents: Parents, solved: Solved) -> set[str]:
 
 def _evidence(name: str, solution: LayerSolution) -> LayerEvidence:
     return LayerEvidence(
-        name, solution.relative_residual, solution.rows, solution.weight.shape[1], tuple(solution.dead.tolist())
+        name,
+        solution.relative_residual,
+        solution.rows,
+        solution.weight.shape[1],
+        tuple(solution.dead.tolist()),
     )
 
 

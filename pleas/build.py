@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, fx, nn
 
 from pleas.layers import Layer
-from pleas.layout import everyone
 from pleas.module import BlockLayer, build_network
 from pleas.parents import Parents
 from pleas.plan import Plan
@@ -57,7 +56,8 @@ def build(parents: Parents, plan: Plan, drawing: Drawing, state: Mapping[str, Te
     """The merged network with these tensors, on the CPU, in evaluation mode."""
     program, first = parents.symmetry.program, parents.states[0]
     state = {
-        name: value.to("cpu", first[name].dtype if name in first else value.dtype) for name, value in state.items()
+        name: value.to("cpu", first[name].dtype if name in first else value.dtype)
+        for name, value in state.items()
     }
     widened = any(p.widened or p.parts for p in plan.classes.values())
     if not widened and not program.added:
@@ -77,7 +77,10 @@ def build(parents: Parents, plan: Plan, drawing: Drawing, state: Mapping[str, Te
             consumed |= {layer.weight, *([layer.bias] if layer.bias else [])}
     parameters = {*program.parameters, *program.added}
     tensors = {
-        str(node.target): (_tensor(str(node.target), state, program.constants), str(node.target) in parameters)
+        str(node.target): (
+            _tensor(str(node.target), state, program.constants),
+            str(node.target) in parameters,
+        )
         for node in graph.nodes
         if node.op == "get_attr" and node.target not in consumed
     }

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from pleas.plan import FlopModel
+from pleas.cost import FlopModel
 from pleas.symmetry import Symmetry
 
 
@@ -25,7 +25,7 @@ class Extent:
 
 def extents(symmetry: Symmetry) -> tuple[Extent, tuple[Extent, ...]]:
     """Of the whole network, and of every top-level class."""
-    costs = FlopModel(symmetry, None)
+    costs = FlopModel(symmetry)
     names: dict[int, list[str]] = {}
     for k, cls in enumerate(symmetry.classes):
         names[k] = list(dict.fromkeys(axis.tensor for axis in cls.axes))

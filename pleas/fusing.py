@@ -124,15 +124,14 @@ def priced_masks(parents: int) -> list[int]:
     return more if parents <= MOST_PARTIAL else [everyone(parents)]
 
 
-def fusing_costs(
-    parents: Parents, statistics: Statistics, alignments: Sequence[Permutation]
-) -> FusingCosts:
+def fusing_costs(parents: Parents, statistics: Statistics, alignments: Sequence[Permutation]) -> FusingCosts:
     """Similarity of the matched units of every widenable class, and the predicted error of fusing them."""
     symmetry, count = parents.symmetry, parents.count
     widenable = [i for i, c in enumerate(symmetry.classes) if c.widenable and i not in symmetry.output]
     masks = priced_masks(count)
     costs = {
-        i: {mask: torch.zeros(symmetry.classes[i].size, dtype=torch.float64) for mask in masks} for i in widenable
+        i: {mask: torch.zeros(symmetry.classes[i].size, dtype=torch.float64) for mask in masks}
+        for i in widenable
     }
     states = [permute_state(symmetry, s, p) for s, p in zip(parents.states, alignments, strict=True)]
     maps = [position_maps(symmetry, alignment) for alignment in alignments]
@@ -173,14 +172,16 @@ def _add_costs(
     classes: Sequence[UnitClass],
 ) -> None:
     channels = layer.channels
-    readers = [_by_channel(layer, weight) for weight in weights]  # (outputs, taps, channels), grouped: own inputs only
+    readers = [
+        _by_channel(layer, weight) for weight in weights
+    ]  # (outputs, taps, channels), grouped: own inputs only
     scale = max(sum(_energy(layer, v, covariance[p][p]) for p, v in enumerate(readers)), TINY)
     masks = {mask for of_class in costs.values() for mask in of_class}
     for mask in masks:
         held = owners(mask)
         share = 1 / len(held)
-        cross = {p: sum(covariance[p][q] for q in held) * share for p in held}  # Cov(x_p, f)
-        fused = sum(cross[p] for p in held) * share
+        cross = {p: share * torch.stack([covariance[p][q] for q in held]).sum(0) for p in held}  # Cov(x_p, f)
+        fused = share * torch.stack([cross[p] for p in held]).sum(0)
         damping = DAMPING * fused.diagonal().mean().clamp_min(TINY)
         for p in held:
             lost = covariance[p][p] - cross[p] - cross[p].T + fused
@@ -197,7 +198,9 @@ def _add_costs(
             for c, of_class in costs.items():
                 index = _positions_of_units(units, c, classes[c].size)
                 rows = readers[p].reshape(-1, channels)
-                of_class[mask].add_(_cost_of_units(rows, residual, fused.diagonal(), index, layer.name) / scale)
+                of_class[mask].add_(
+                    _cost_of_units(rows, residual, fused.diagonal(), index, layer.name) / scale
+                )
 
 
 def _by_channel(layer: Layer, weight: Tensor) -> Tensor:
@@ -223,9 +226,7 @@ def _positions_of_units(units: DimUnits, c: int, size: int) -> Tensor:
     return here[order].view(size, -1)
 
 
-def _cost_of_units(
-    weights: Tensor, residual: Tensor, variance: Tensor, index: Tensor, name: str
-) -> Tensor:
+def _cost_of_units(weights: Tensor, residual: Tensor, variance: Tensor, index: Tensor, name: str) -> Tensor:
     projected = (weights @ residual)[:, index].movedim(1, 0)  # (units, rows, k)
     own = residual[index[:, :, None], index[:, None, :]]  # (units, k, k)
     # What is lost of nearly equal units is rounding: below a millionth of their variance it counts as nothing.

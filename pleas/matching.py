@@ -106,9 +106,7 @@ def _sum(tensors: Sequence[Tensor]) -> Tensor:
     return sum(same[1:], same[0]) if same[0].is_floating_point() else same[0]
 
 
-def _to_a_common_order(
-    parents: Parents, pairs: _ActivationPairs | _WeightPairs
-) -> tuple[Permutation, ...]:
+def _to_a_common_order(parents: Parents, pairs: _ActivationPairs | _WeightPairs) -> tuple[Permutation, ...]:
     """Two parents are assigned once. More: everybody to the parent that resembles the others most, then each in turn to
     the sum of all others until the total stops rising (as MergeMany of arXiv 2209.04836). All are in one order at every
     moment, so the matching is consistent around every cycle.

@@ -23,7 +23,9 @@ class Moments:
     count: int
     shift: Tensor  # (groups, d) float64
     first: Tensor  # (groups, d) float64, sum of (row - shift)
-    second: Tensor  # (groups, d, d) float64, sum of (row - shift)(row - shift)^T; only the upper triangle counts
+    second: (
+        Tensor  # (groups, d, d) float64, sum of (row - shift)(row - shift)^T; only the upper triangle counts
+    )
 
     @classmethod
     def starting_at(cls, rows: Tensor) -> Moments:

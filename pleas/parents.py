@@ -116,7 +116,8 @@ def _check_pair(
     lines = [f"only in {first}: {', '.join(only[0][:5])}"] * bool(only[0])
     lines += [f"only in {second}: {', '.join(only[1][:5])}"] * bool(only[1])
     lines += [
-        f"{key}: {tuple(own[key].shape)} in {first}, {tuple(other[key].shape)} in {second}" for key in unlike[:8]
+        f"{key}: {tuple(own[key].shape)} in {first}, {tuple(other[key].shape)} in {second}"
+        for key in unlike[:8]
     ]
     hint = (
         " If only the head differs, ask for separate heads (labels: separate in a recipe)."

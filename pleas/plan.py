@@ -93,6 +93,7 @@ def make_plan(
         # Rewrites add a little of their own: all parents side by side are within a budget of all the same.
         most = parents.count * max(model.parent, model.total({}))
         limit = budget * model.parent if budget < parents.count else most
+
         def fits(candidate: Mapping[int, int]) -> bool:
             return model.total(_masks(counts, candidate)) <= limit
 

@@ -31,7 +31,7 @@ from pleas.layers import BatchNorm, Layer, batch_dim, find_norms, layer_rows, ou
 from pleas.layout import Layout
 from pleas.module import BlockLayer
 from pleas.sampler import PositionSampler
-from pleas.solve import Block, Equations, KeptRows, LayerSolution, equations_of, prior_of
+from pleas.solve import Equations, KeptRows, LayerSolution, equations_of, prior_of
 from pleas.statistics import Progress, count_images, for_each, placed
 from pleas.symmetry import execute
 from pleas.symmetry.program import VIEWS, last_uses
@@ -190,7 +190,8 @@ class _Walk:
         count = self.parents.count
         like = self.chunks[c][0]
         if lane < count:
-            state, target, template = self.states[lane], VIEWS.get(node.target, node.target), node
+            template, state = node, self.states[lane]
+            target: Any = VIEWS.get(node.target, node.target)
             found = {
                 n: state[str(n.target)] if n.op == "get_attr" else self.values[lane][n][c]
                 for n in node.all_input_nodes
@@ -265,8 +266,12 @@ class _Walk:
                 for addend in addends:
                     t = self._corrected(t, addend, node, count + k, c)
             sums.add(
-                rows_of(merged, _images_first(z, source)[kept], None if positions is None else positions[kept]),
-                target_rows(merged, _images_first(t, node)[kept], None if positions is None else positions[kept]),
+                rows_of(
+                    merged, images_first(z, source)[kept], None if positions is None else positions[kept]
+                ),
+                target_rows(
+                    merged, images_first(t, node)[kept], None if positions is None else positions[kept]
+                ),
             )
 
     def _targets(self, layer: Layer, node: fx.Node, c: int) -> Tensor:
@@ -311,12 +316,12 @@ class _Walk:
         return template.target(*args, **kwargs)  # type: ignore[operator]
 
     def _positions(self, layer: Layer, merged: Layer, source: fx.Node, c: int) -> Tensor | None:
-        value = _images_first(self.values[0][source][c], source)
+        value = images_first(self.values[0][source][c], source)
         if layer.is_convolution:
             total = int(torch.Size(output_extents(layer, value.shape[2:])).numel())
         else:
             total = int(torch.Size(value.shape[1:-1]).numel())
-            widened = _images_first(self.values[self.parents.count][source][c], source)
+            widened = images_first(self.values[self.parents.count][source][c], source)
             total = int(torch.Size(widened.shape[1:-1]).numel())
         images = len(self.chunks[c][0])
         return self.sampler(total, merged.d_in, len(value), images, self.starts[c])
@@ -350,7 +355,7 @@ class _Walk:
                 if isinstance(norm, LayerNorm):
                     z = F.layer_norm(z, z.shape[-1:], None, None, norm.eps)
                 rows = [
-                    self._unit_rows(_images_first(x, source), dim, merged.channels, c, kept)
+                    self._unit_rows(images_first(x, source), dim, merged.channels, c, kept)
                     for x in (z, target)
                 ]
                 sums.add(*rows)
@@ -384,11 +389,11 @@ class _Walk:
             found[layer.name] = equations_of(merged_layer(layer, inputs, outputs), prior)
         with torch.no_grad():
             for c in range(len(self.chunks)):
-                for node, xs, ys in _parents_at(self.graph, self.states, self.chunks[c], owner):
+                for node, xs, ys in parents_at(self.graph, self.states, self.chunks[c], owner):
                     layer, sums = owner[node.name], found[owner[node.name].name]
                     source: fx.Node = node.args[0]  # type: ignore[assignment]
-                    z = _images_first(mean_of_owners(xs, self.layouts.widened(source)), source)
-                    t = _images_first(mean_of_owners(ys, self.layouts.widened(node)), node)
+                    z = images_first(mean_of_owners(xs, self.layouts.widened(source)), source)
+                    t = images_first(mean_of_owners(ys, self.layouts.widened(node)), node)
                     kept = self._kept(c, len(z))
                     total = int(torch.Size(t.shape[2:] if layer.is_convolution else t.shape[1:-1]).numel())
                     places = self.sampler(
@@ -419,7 +424,9 @@ def held_out(images: int, share: float, seed: int) -> Tensor:
     """(images,) True for those that no layer is solved on: one of every run of 1 / share images, drawn by the seed."""
     run = max(2, round(1 / share))
     generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randint(run, (-(-images // run),), generator=generator) + run * torch.arange(-(-images // run))
+    chosen = torch.randint(run, (-(-images // run),), generator=generator) + run * torch.arange(
+        -(-images // run)
+    )
     held = torch.zeros(max(images, int(chosen.max()) + 1), dtype=torch.bool)
     held[chosen] = True
     return held[:images]
@@ -515,10 +522,14 @@ def _alike(node: fx.Node) -> bool:
     if not all(isinstance(x, fx.Node) and x.op != "get_attr" for x in node.args[:2]):
         return False
     shapes = [x.meta["val"].shape for x in node.args[:2] if isinstance(x.meta["val"], Tensor)]  # type: ignore[union-attr]
-    return len(shapes) == 2 and len(shapes[0]) == len(shapes[1]) and all(str(a) == str(b) for a, b in zip(*shapes, strict=True))
+    return (
+        len(shapes) == 2
+        and len(shapes[0]) == len(shapes[1])
+        and all(str(a) == str(b) for a, b in zip(*shapes, strict=True))
+    )
 
 
-def _parents_at(
+def parents_at(
     graph: fx.Graph, states: Sequence[State], inputs: Sequence[Tensor], wanted: Mapping[str, Layer]
 ) -> Iterator[tuple[fx.Node, list[Tensor], list[Tensor]]]:
     """The wanted nodes in order, each with every parent's input and output there."""
@@ -543,7 +554,7 @@ def _mixture(mean: Tensor, own: Tensor, t: float) -> Tensor:
     return own if t == 1 else torch.lerp(mean, own, t)
 
 
-def _images_first(value: Tensor, node: fx.Node) -> Tensor:
+def images_first(value: Tensor, node: fx.Node) -> Tensor:
     return value.movedim(batch_dim(node), 0)
 
 

@@ -69,7 +69,9 @@ class MergeSettings:
                     f"{name} = {getattr(self, name)}: must be at least 1 (the defaults are 16 and 64)"
                 )
         if not 0 < self.holdout <= 0.5:
-            raise InputError(f"holdout = {self.holdout}: must be above 0 and at most 0.5, a share of the images")
+            raise InputError(
+                f"holdout = {self.holdout}: must be above 0 and at most 0.5, a share of the images"
+            )
 
     @property
     def candidates(self) -> tuple[float, ...]:

@@ -18,7 +18,9 @@ from pleas.layers import Layer
 from pleas.layout import Layout
 from pleas.moments import add_products, symmetric
 
-MAX_INPUTS = 6000  # d_in of a linear layer above which rows are kept: its Gram matrix would take 288 MB and more
+MAX_INPUTS = (
+    6000  # d_in of a linear layer above which rows are kept: its Gram matrix would take 288 MB and more
+)
 MAX_ROWS = 4096  # rows kept at most, the first ones seen
 LARGE = 2048  # unknowns above which a layer's sums are kept in float32 (a Gram matrix of 4,608 takes 85 MB)
 
@@ -138,7 +140,9 @@ class Equations:
     _gram: Tensor = field(default_factory=lambda: torch.empty(0))
     _cross: Tensor = field(default_factory=lambda: torch.empty(0))
     _left: Tensor = field(default_factory=lambda: torch.empty(0))  # (2, groups, o): sums of e and e^2
-    _target: Tensor = field(default_factory=lambda: torch.empty(0))  # (2, groups, o): sums of t - shift and its square
+    _target: Tensor = field(
+        default_factory=lambda: torch.empty(0)
+    )  # (2, groups, o): sums of t - shift and its square
     _target_shift: Tensor = field(default_factory=lambda: torch.empty(0))
 
     def add(self, z: Tensor, t: Tensor) -> None:
@@ -171,7 +175,9 @@ class Equations:
         NonFinite.
         """
         layer, n = self.layer, max(1, self.count)
-        check_rows(layer, self.count, layer.taps * _most(blocks) if layer.groups == 1 else layer.d_in, min_rows)
+        check_rows(
+            layer, self.count, layer.taps * _most(blocks) if layer.groups == 1 else layer.d_in, min_rows
+        )
         intercept = has_intercept(layer)
         offset, mean_left = (self._first / n).cpu(), (self._left[0] / n).cpu()
         mean = self._shift.cpu() + offset
@@ -205,6 +211,25 @@ class Equations:
             ),
         )
 
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Cov z, (d, d), and E z, (d,), of an ungrouped layer."""
+        n = max(1, self.count)
+        offset = (self._first / n).cpu()
+        gram = symmetric(self._gram.cpu()).double() / n - offset[:, :, None] * offset[:, None, :]
+        return gram[0], (self._shift.cpu() + offset)[0]
+
+    def error(self, weight: Tensor, bias: Tensor) -> float:
+        """E |W z + b - t|^2 on these rows, summed over the outputs of an ungrouped layer."""
+        gram, mean = self.moments()
+        n = max(1, self.count)
+        left, offset = (self._left[0, 0] / n).cpu(), (self._first[0] / n).cpu()
+        cross = (self._cross[0] / n).cpu() - torch.outer(left, offset)
+        step = weight - self.prior.weight[0].cpu()
+        miss = step @ mean + bias - self.prior.bias[0].cpu() - left
+        spread = (self._left[1, 0] / n).cpu() - left.square()
+        residual = spread - 2 * (step * cross).sum(-1) + ((step @ gram) * step).sum(-1) + miss.square()
+        return float(residual.clamp_min(0).sum())
+
 
 @dataclass
 class KeptRows:
@@ -237,7 +262,9 @@ class KeptRows:
         centred = z - mean_in.float()
         step = torch.zeros_like(prior.weight[0])
         for block in blocks:
-            found = dual_ridge(centred[:, block.columns], (left - mean_left)[:, block.rows], ridge, layer.name)
+            found = dual_ridge(
+                centred[:, block.columns], (left - mean_left)[:, block.rows], ridge, layer.name
+            )
             step[block.rows[:, None], block.columns] = found
         weight = prior.weight[0] + step
         bias = prior.bias[0] + mean_left - step @ mean_in if intercept else prior.bias[0]

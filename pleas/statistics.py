@@ -140,7 +140,9 @@ def for_each(batch: Batch, parents: Parents) -> list[Tensor]:
     """A batch as every parent takes it."""
     if isinstance(batch, Tensor):
         return [batch] * parents.count
-    if len(batch) != parents.count or not all(isinstance(x, Tensor) and len(x) == len(batch[0]) for x in batch):
+    if len(batch) != parents.count or not all(
+        isinstance(x, Tensor) and len(x) == len(batch[0]) for x in batch
+    ):
         found = [tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__ for x in batch]
         raise InputError(
             f"a batch holds {found}, and there are {parents.count} parents: give one tensor (N, C, H, W) for all of them, "

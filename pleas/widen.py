@@ -201,8 +201,7 @@ def _layer_norm(node: fx.Node, layouts: Layouts, args: list[Any]) -> list[Any]:
 
 def _refuse(node: fx.Node, why: str) -> UnsupportedModel:
     return UnsupportedModel(
-        f"node '{node.name}' ({node.target}) {why}: this model cannot be widened there. "
-        "Use budget 1.0."
+        f"node '{node.name}' ({node.target}) {why}: this model cannot be widened there. Use budget 1.0."
     )
 
 

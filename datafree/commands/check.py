@@ -16,7 +16,7 @@ from datafree.recipe import load_recipe
 from datafree.seeds import derive_seed
 from datafree.stages import (
     EvaluationSet,
-    Parents,
+    LoadedParents,
     Work,
     begin,
     check_refining,
@@ -25,7 +25,7 @@ from datafree.stages import (
     load_parents,
     load_tasks,
     refuse_leak,
-    trace_symmetry,
+    trace_parents,
 )
 from datafree.text import json_text
 
@@ -66,7 +66,7 @@ def checks(work: Work) -> Iterator[tuple[str, str]]:
         yield "oracle", f"{len(real)} of {real.name}"
     with work.recipe.at("proxy"):
         bound = check_proxies(
-            recipe.proxy, [parents.a, parents.b], work.seed, work.recipe.base, device=str(work.device)
+            recipe.proxy, list(parents.each), work.seed, work.recipe.base, device=str(work.device)
         )
     for _, source, _ in bound:
         work.progress.notes.extend(source.notes)
@@ -74,10 +74,11 @@ def checks(work: Work) -> Iterator[tuple[str, str]]:
     said = _leak(work, bound, tasks)
     if said:
         yield "leak", said
-    symmetry = trace_symmetry(work, parents)
+    networks = trace_parents(work, parents)
+    symmetry = networks.symmetry
     work.progress.notes.extend(symmetry.program.notes)
-    check_rows(work, symmetry, recipe.proxy.count)
-    check_refining(work, parents, symmetry)
+    check_rows(work, networks, recipe.proxy.count)
+    check_refining(work, parents, networks)
     widenable = sum(unit_class.widenable for unit_class in symmetry.classes)
     yield (
         "symmetry",
@@ -86,11 +87,11 @@ def checks(work: Work) -> Iterator[tuple[str, str]]:
     )
 
 
-def _parents(parents: Parents) -> str:
+def _parents(parents: LoadedParents) -> str:
     size = " x ".join(str(side) for side in parents.input.shape)
-    count = sum(parameter.numel() for parameter in parents.a.module.parameters())
-    outputs = sorted({parents.a.outputs, parents.b.outputs})
-    return f"{parents.a.reference}, {count:,} parameters, {size} in, {' and '.join(map(str, outputs))} out"
+    count = sum(parameter.numel() for parameter in parents.first.module.parameters())
+    outputs = sorted({parent.outputs for parent in parents.each})
+    return f"{len(parents.each)} of {parents.first.reference}, {count:,} parameters, {size} in, {' and '.join(map(str, outputs))} out"
 
 
 def _leak(work: Work, bound: Bound, tasks: EvaluationSet) -> str:

@@ -19,7 +19,7 @@ from datafree.ranking import Place, Scores, light, ranking
 from datafree.recipe import load_recipe
 from datafree.seeds import derive_seed
 from datafree.stages import (
-    Parents,
+    LoadedParents,
     Work,
     begin,
     exact_arithmetic,
@@ -28,7 +28,7 @@ from datafree.stages import (
     load_tasks,
     make_proxies,
     refuse_leak,
-    trace_symmetry,
+    trace_parents,
 )
 from datafree.tables import text_table
 from datafree.text import json_text
@@ -43,7 +43,7 @@ def run(
     with work.progress, exact_arithmetic():
         parents = load_parents(work)
         tasks = load_tasks(work, parents)
-        symmetry = trace_symmetry(work, parents)
+        networks = trace_parents(work, parents)
         compared = None
         if real is not None:
             chosen = real_images(work, parents, real, real_count)
@@ -53,9 +53,8 @@ def run(
         with work.progress.stage("diagnosis"):
             found = diagnose(
                 proxies,
-                (parents.a, parents.b),
-                symmetry,
-                work.settings,
+                parents.each,
+                networks,
                 real=compared,
                 batch=work.recipe.recipe.merge.batch,
                 device=work.device,
@@ -78,7 +77,7 @@ def run(
         click.echo(f"note: {note}")
 
 
-def real_images(work: Work, parents: Parents, real: str, count: int) -> ImageSet:
+def real_images(work: Work, parents: LoadedParents, real: str, count: int) -> ImageSet:
     """At most `count` images of REF: `oracle`, a folder, or FILE.npz with `:KEY` where its images are not `x_test`."""
     if real == ORACLE:
         if work.recipe.recipe.oracle is None:
@@ -102,7 +101,7 @@ def real_images(work: Work, parents: Parents, real: str, count: int) -> ImageSet
     return images.select(np.sort(generator.permutation(len(images))[:count]))
 
 
-def _pixels(images: ImageSet, parents: Parents) -> Tensor:
+def _pixels(images: ImageSet, parents: LoadedParents) -> Tensor:
     """uint8 (n, C, H, W) as the proxies are."""
     pixels = match_channels(images.batch(range(len(images))), parents.input.channels)
     return frame(pixels, parents.input.size)

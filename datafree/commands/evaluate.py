@@ -21,7 +21,7 @@ def run(folder: str, recipe: str, settings: Sequence[str], device: str, as_json:
     artefact = load(folder)
     if not loaded.recipe.evaluate:
         raise loaded.error("the recipe has no tasks to evaluate on: add an `evaluate` section")
-    columns = _columns(artefact)
+    columns = _columns(artefact, list(loaded.recipe.parents))
     tasks = []
     with progress_on() as progress, exact_arithmetic():
         with progress.stage("images"):
@@ -49,8 +49,11 @@ def run(folder: str, recipe: str, settings: Sequence[str], device: str, as_json:
     click.echo(text_table(["task", "accuracy %", "images", "worst class"], rows))
 
 
-def _columns(artefact: Artefact) -> Columns:
+def _columns(artefact: Artefact, names: Sequence[str]) -> Columns:
+    """The heads of the artefact by the parents' names: a recipe may call them otherwise than the one that merged them."""
     sizes = [head.outputs for head in artefact.heads]
-    if len(sizes) > 2:
-        raise UsageError(f"{artefact.folder} has {len(sizes)} heads; one or two are known here")
-    return merged_columns(artefact.labels, sizes[0], sizes[-1])
+    if artefact.labels == "separate" and len(sizes) != len(names):
+        raise UsageError(
+            f"{artefact.folder} has {len(sizes)} heads, and the recipe has {len(names)} parents: name as many"
+        )
+    return merged_columns(artefact.labels, dict(zip(names, sizes * len(names), strict=False)))

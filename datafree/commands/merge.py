@@ -41,7 +41,7 @@ def run(
 
 def results_table(results: Results) -> str:
     """The table of a run, with the merged networks standing out."""
-    ours = [number for number, row in enumerate(results.rows) if row.name in ("merged", "refined")]
+    ours = [number for number, row in enumerate(results.rows) if row.kind in ("merged", "refined")]
     table = text_table(columns(results), [cells(results, row) for row in results.rows], bold=ours)
     notes = dict.fromkeys(row.note for row in results.rows if row.note)
     return "\n".join(["", table, *(f"{note}." for note in notes), ""])

@@ -20,7 +20,7 @@ from datafree.stages import (
     make_proxies,
     proxy_inputs,
     solve_plans,
-    trace_symmetry,
+    trace_parents,
 )
 from datafree.tables import text_table
 from datafree.text import json_text
@@ -31,19 +31,20 @@ def run(recipe: str, settings: Sequence[str], device: str, as_json: bool) -> Non
     with work.progress, exact_arithmetic():
         parents = load_parents(work)
         tasks = load_tasks(work, parents)
-        symmetry = trace_symmetry(work, parents)
+        networks = trace_parents(work, parents)
         proxies = make_proxies(work, parents, tasks)
-        evidence = gather_evidence(work, parents, symmetry, proxy_inputs(work, parents, proxies))
-        plans = make_plans(work, parents, symmetry, evidence)
-        merged = solve_plans(work, parents, symmetry, evidence, plans)
+        evidence = gather_evidence(work, parents, networks, proxy_inputs(work, parents, proxies))
+        merged = solve_plans(work, parents, evidence, make_plans(work, evidence))
     shown: list[dict[str, Any]] = [
         {
             "point": one.point.label,
             "flops": one.result.flops,
             "ratio": one.result.ratio,
             "parameters": one.result.parameters,
-            "predicted_error": one.result.plan.predicted_error,
-            "classes": plan_table(symmetry, one.result.plan),
+            "held_out_error": one.result.held_out_error,
+            "propagate": one.result.propagate,
+            "tried": [[t, error] for t, error in one.result.tried.items()],
+            "classes": plan_table(networks, one.result.plan),
             "layers": [
                 {
                     "layer": layer.name,
@@ -63,7 +64,8 @@ def plan_text(plan: dict[str, Any]) -> str:
     """One merged network as `plan` shows it."""
     title = click.style(
         f"{plan['point']}: {plan['flops']:,} FLOPs per image ({plan['ratio']:.3f} of one parent), "
-        f"{plan['parameters']:,} parameters, predicted error {plan['predicted_error']:.4f}",
+        f"{plan['parameters']:,} parameters, error of the outputs on held-out proxies {plan['held_out_error']:.3f} "
+        f"(propagate {plan['propagate']:g})",
         bold=True,
     )
     classes = text_table(

@@ -15,7 +15,7 @@ from datafree.progress import progress_on
 from datafree.proxy import ProxySet, SourceReport, contact_sheet, export_folder
 from datafree.proxy.observe import watch
 from datafree.recipe import load_recipe
-from datafree.stages import Parents, begin, exact_arithmetic, load_parents, load_tasks, make_proxies
+from datafree.stages import LoadedParents, begin, exact_arithmetic, load_parents, load_tasks, make_proxies
 from datafree.tables import text_table
 from datafree.text import json_text
 
@@ -72,10 +72,10 @@ def write_sheets(proxies: ProxySet, folder: Path, shown: int) -> list[str]:
 
 
 def describe(
-    images: ProxySet, report: SourceReport, parents: Parents, device: torch.device
+    images: ProxySet, report: SourceReport, parents: LoadedParents, device: torch.device
 ) -> dict[str, Any]:
     """One source: what it cost, its pixels, and what the parents make of it."""
-    seen = [watch(parent, images.batches(64), device).observation() for parent in (parents.a, parents.b)]
+    seen = [watch(parent, images.batches(64), device).observation() for parent in parents.each]
     return {
         "kind": report.kind,
         "count": report.count,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -112,9 +112,10 @@ def watch(parent: Parent, batches: Iterable[Tensor], device: torch.device) -> Su
     return Sums(parent.name, tuple(watched.values()), total, torch.cat(predictions))
 
 
-def agreement(a: Observation, b: Observation) -> float:
-    """Share of the images on which both parents predict the same class."""
-    return float((a.predictions == b.predictions).double().mean())
+def agreement(seen: Sequence[Observation]) -> float:
+    """Share of the images on which all parents predict the same class."""
+    same = torch.stack([one.predictions == seen[0].predictions for one in seen[1:]]).all(0)
+    return float(same.double().mean())
 
 
 class _NormSums:

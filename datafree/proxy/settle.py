@@ -39,8 +39,8 @@ def images_until_settled(
 ) -> Settled:
     """Double the number of images, from `start` to `spec.count` at most, until no layer's moments move much.
 
-    A layer has settled when |Cov(n) - Cov(n/2)|_F <= tolerance * |Cov(n)|_F for the joint covariance of both
-    parents' inputs. Sampling alone moves a covariance of n independent rows by about sqrt(erank / n), so a
+    A layer has settled when |Cov(n) - Cov(n/2)|_F <= tolerance * |Cov(n)|_F for the joint covariance of all
+    parents' units. Sampling alone moves a covariance of n independent rows by about sqrt(erank / n), so a
     tolerance far below 0.1 asks for very many images.
 
     make:    builds the proxies of a spec; images that exist are not made again
@@ -68,9 +68,10 @@ def _from(proxies: ProxySet, first: int) -> Iterator[Tensor]:
 
 
 def _changes(before: pleas.Statistics, after: pleas.Statistics) -> dict[str, float]:
-    found = {}
-    for kind in ("joint", "units"):
-        for name, moments in getattr(after, kind).items():
-            new, old = moments.covariance, getattr(before, kind)[name].covariance
-            found[name] = float(torch.linalg.norm(new - old) / torch.linalg.norm(new).clamp_min(1e-30))
+    found: dict[str, float] = {}
+    for site, moments in after.units.items():
+        new, old = moments.covariance, before.units[site].covariance
+        moved = float(torch.linalg.norm(new - old) / torch.linalg.norm(new).clamp_min(1e-30))
+        name = site[0].rpartition(".")[0]
+        found[name] = max(moved, found.get(name, 0.0))
     return found

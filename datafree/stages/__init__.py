@@ -15,9 +15,8 @@ from datafree.stages.inputs import (
     proxy_inputs,
     refuse_leak,
 )
-from datafree.stages.judging import BothParents, Judge, evaluate_all
+from datafree.stages.judging import AllParents, Judge, evaluate_all
 from datafree.stages.merging import (
-    Evidence,
     Merged,
     average_weights,
     check_rows,
@@ -26,18 +25,17 @@ from datafree.stages.merging import (
     merge_real,
     solve_plans,
 )
-from datafree.stages.parents import Parents, has_batch_norm, load_parents, trace_symmetry
+from datafree.stages.parents import LoadedParents, has_batch_norm, load_parents, trace_parents
 from datafree.stages.refining import check_refining, refine_merged
 from datafree.stages.work import Work, begin, choose_device, exact_arithmetic
 
 __all__ = [
-    "BothParents",
+    "AllParents",
     "EvaluationSet",
-    "Evidence",
     "Inputs",
     "Judge",
+    "LoadedParents",
     "Merged",
-    "Parents",
     "Work",
     "average_weights",
     "begin",
@@ -60,5 +58,5 @@ __all__ = [
     "refine_merged",
     "refuse_leak",
     "solve_plans",
-    "trace_symmetry",
+    "trace_parents",
 ]

@@ -9,21 +9,22 @@ from datafree.proxy import ProxySet
 from datafree.proxy.observe import agreement, watch
 from datafree.proxy.spectra import ranks
 from datafree.ranking import light
-from datafree.stages.merging import Evidence
-from datafree.stages.parents import Parents
+from datafree.stages.parents import LoadedParents
 from datafree.stages.work import Work
 
 
 def judge_proxies(
-    work: Work, parents: Parents, symmetry: pleas.Symmetry, proxies: ProxySet, evidence: Evidence
+    work: Work, parents: LoadedParents, proxies: ProxySet, evidence: pleas.Evidence
 ) -> dict[str, Any]:
     """Scores per source, and ranks of all images together; `datafree diagnose` says more, and ranks the sources."""
-    both, batch = (parents.a, parents.b), work.recipe.recipe.merge.batch
+    batch = work.recipe.recipe.merge.batch
     sources, kinds = [], [report.kind for report in proxies.manifest]
     with work.progress.stage("diagnosis"):
         for number, kind in enumerate(kinds):
             images = proxies.source(number)
-            seen = [watch(parent, images.batches(batch), work.device).observation() for parent in both]
+            seen = [
+                watch(parent, images.batches(batch), work.device).observation() for parent in parents.each
+            ]
             known = [one.bn_log_var for one in seen if one.bn_log_var is not None]
             distance = sum(known) / len(known) if known else None
             spread = sum(one.spread for one in seen) / len(seen)
@@ -34,11 +35,11 @@ def judge_proxies(
                     "looks": light(distance, spread),
                     "bn_log_var": distance,
                     "spread": spread,
-                    "agreement": agreement(*seen) if work.recipe.recipe.labels == "shared" else None,
+                    "agreement": agreement(seen) if work.recipe.recipe.labels == "shared" else None,
                 }
             )
             work.progress("diagnosis", number + 1, len(kinds))
-        found = [rank for of_parent in ranks(symmetry, evidence.statistics) for rank in of_parent]
+        found = [rank for of_parent in ranks(evidence.parents, evidence.statistics) for rank in of_parent]
     return {
         "sources": sources,
         "effective_rank": sum(rank.effective / rank.size for rank in found) / len(found),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,12 +13,12 @@ import torch
 from torch import Tensor
 
 import pleas
-from datafree.evaluate import Task, check_tasks, load_task, merged_columns
+from datafree.evaluate import Task, check_tasks, load_task
 from datafree.images import ImageSet, load_images
 from datafree.proxy import ProxySet, ProxySpec, build_proxies
 from datafree.proxy.settle import images_until_settled
 from datafree.seeds import derive_seed
-from datafree.stages.parents import Parents
+from datafree.stages.parents import LoadedParents
 from datafree.stages.work import Work
 
 
@@ -43,10 +42,10 @@ class EvaluationSet:
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def load_tasks(work: Work, parents: Parents, *, verify: bool = True) -> EvaluationSet:
+def load_tasks(work: Work, parents: LoadedParents, *, verify: bool = True) -> EvaluationSet:
     """The evaluation images, checked against the heads there will be."""
     recipe, tasks = work.recipe, []
-    heads = merged_columns(recipe.recipe.labels, parents.a.outputs, parents.b.outputs)
+    heads = parents.columns(recipe.recipe.labels)
     with work.progress.stage("images"):
         for index, spec in enumerate(recipe.recipe.evaluate):
             with recipe.at("evaluate", index):
@@ -56,14 +55,14 @@ def load_tasks(work: Work, parents: Parents, *, verify: bool = True) -> Evaluati
     return EvaluationSet(tuple(tasks))
 
 
-def make_proxies(work: Work, parents: Parents, tasks: EvaluationSet) -> ProxySet:
+def make_proxies(work: Work, parents: LoadedParents, tasks: EvaluationSet) -> ProxySet:
     """The proxy images, none of which is an evaluation image unless the recipe allows it."""
     recipe, spec = work.recipe, work.recipe.recipe.proxy
 
     def build(wanted: ProxySpec) -> ProxySet:
         return build_proxies(
             wanted,
-            [parents.a, parents.b],
+            list(parents.each),
             work.seed,
             work.store.root,
             recipe.base,
@@ -78,16 +77,17 @@ def make_proxies(work: Work, parents: Parents, tasks: EvaluationSet) -> ProxySet
 
 
 def _settled(
-    work: Work, parents: Parents, build: Callable[[ProxySpec], ProxySet], tolerance: float
+    work: Work, parents: LoadedParents, build: Callable[[ProxySpec], ProxySet], tolerance: float
 ) -> ProxySpec:
     """The recipe's proxies, as few as it takes for the second moments to settle; a note says how few."""
     spec = work.recipe.recipe.proxy
-    symmetry = pleas.trace(parents.a.module, parents.example)
-    a, b = (copy.deepcopy(parent.module).to(work.device) for parent in (parents.a, parents.b))
+    networks = pleas.Parents.of(
+        [parent.module for parent in parents.each], parents.example, work.settings, names=parents.names
+    )
 
     def collect(batches: Sequence[Tensor], first: int, total: int) -> pleas.Statistics:
         inputs = Inputs(lambda _: iter(batches), sum(map(len, batches)), "", 64, parents, work.device)
-        return pleas.collect(symmetry, a, b, inputs, work.settings, first_image=first, images=total)
+        return pleas.collect(networks, inputs, first_image=first, images=total)
 
     found = images_until_settled(spec, build, collect, tolerance=tolerance)
     if not found.changes:
@@ -142,7 +142,7 @@ def refuse_leak(work: Work, what: str, hashes: Sequence[str], tasks: EvaluationS
         work.progress.note(f"{found}; the recipe allows it (proxy.allow_leak)")
 
 
-def proxy_inputs(work: Work, parents: Parents, proxies: ProxySet) -> Inputs:
+def proxy_inputs(work: Work, parents: LoadedParents, proxies: ProxySet) -> Inputs:
     return Inputs(
         proxies.batches,
         len(proxies),
@@ -153,7 +153,7 @@ def proxy_inputs(work: Work, parents: Parents, proxies: ProxySet) -> Inputs:
     )
 
 
-def image_inputs(work: Work, parents: Parents, images: ImageSet) -> Inputs:
+def image_inputs(work: Work, parents: LoadedParents, images: ImageSet) -> Inputs:
     def batches(size: int) -> Iterator[Tensor]:
         for start in range(0, len(images), size):
             yield images.batch(range(start, min(start + size, len(images))))
@@ -164,7 +164,7 @@ def image_inputs(work: Work, parents: Parents, images: ImageSet) -> Inputs:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Images as both parents take them, batch by batch, as often as asked.
+    """Images as all parents take them, batch by batch, as often as asked.
 
     images: gives uint8 batches (n, C, H, W) of the size asked for
     fingerprint: of the images
@@ -174,18 +174,19 @@ class Inputs:
     count: int
     fingerprint: str
     batch: int
-    parents: Parents
+    parents: LoadedParents
     device: torch.device
 
     def __len__(self) -> int:
         return -(-self.count // self.batch)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        same = self.parents.a.preprocess == self.parents.b.preprocess
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         for images in self.images(self.batch):
             moved = images.to(self.device)
-            a = self.parents.a.preprocess(moved)
-            yield a, a if same else self.parents.b.preprocess(moved)
+            if self.parents.same_input:
+                yield (self.parents.input(moved),) * len(self.parents.each)
+            else:
+                yield tuple(parent.preprocess(moved) for parent in self.parents.each)
 
     def merged(self) -> Iterator[Tensor]:
         """The same images as the merged network takes them."""

@@ -9,42 +9,46 @@ import torch
 from torch import Tensor, nn
 
 import pleas
-from datafree.evaluate import Columns, Evaluation, TaskScore, evaluate, merged_columns, parent_columns
+from datafree.evaluate import Columns, Evaluation, TaskScore, evaluate, parent_columns
 from datafree.preprocess import Preprocess
-from datafree.results import Point, Row
+from datafree.results import Kind, Point, Row
 from datafree.stages.inputs import EvaluationSet
 from datafree.stages.merging import Merged
-from datafree.stages.parents import Parents
+from datafree.stages.parents import LoadedParents
 from datafree.stages.work import Work
 from datafree.store import Stage, content_hash
 
 Curves = Mapping[Point, list[dict[str, float | None]]]  # seconds of refining, task average, joint accuracy
 
 
-class BothParents(nn.Module):
+class AllParents(nn.Module):
     """The ensemble as a network of the merged network's input, whatever the parents' own normalisation."""
 
-    def __init__(self, parents: Parents, labels: str) -> None:
+    def __init__(self, parents: LoadedParents, labels: str) -> None:
         super().__init__()
-        self.ensemble = pleas.Ensemble(parents.a.module, parents.b.module, labels)
-        for name, parent in (("a", parents.a), ("b", parents.b)):
+        self.ensemble = pleas.Ensemble(*(parent.module for parent in parents.each), heads=labels)
+        for number, parent in enumerate(parents.each):
             own, common = parent.preprocess, parents.input
             slope = torch.tensor(common.std) / torch.tensor(own.std)
             offset = (torch.tensor(common.mean) - torch.tensor(own.mean)) / torch.tensor(own.std)
-            self.register_buffer(f"slope_{name}", slope.view(-1, 1, 1), persistent=False)
-            self.register_buffer(f"offset_{name}", offset.view(-1, 1, 1), persistent=False)
-        self.same = parents.a.preprocess == parents.b.preprocess
+            self.register_buffer(f"slope_{number}", slope.view(-1, 1, 1), persistent=False)
+            self.register_buffer(f"offset_{number}", offset.view(-1, 1, 1), persistent=False)
+        self.same, self.count = parents.same_input, len(parents.each)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.ensemble(x) if self.same else self.ensemble(self._seen_by("a", x), self._seen_by("b", x))
+        return (
+            self.ensemble(x)
+            if self.same
+            else self.ensemble(*(self._seen_by(p, x) for p in range(self.count)))
+        )
 
-    def _seen_by(self, name: str, x: Tensor) -> Tensor:
-        return x * self.get_buffer(f"slope_{name}") + self.get_buffer(f"offset_{name}")
+    def _seen_by(self, number: int, x: Tensor) -> Tensor:
+        return x * self.get_buffer(f"slope_{number}") + self.get_buffer(f"offset_{number}")
 
 
 def evaluate_all(
     work: Work,
-    parents: Parents,
+    parents: LoadedParents,
     tasks: EvaluationSet,
     baselines: Mapping[str, pleas.MergeResult],
     merged: Sequence[Merged],
@@ -58,11 +62,11 @@ def evaluate_all(
     """
     with work.progress.stage("evaluation"):
         judge, rows = Judge.with_parents(work, parents, tasks)
-        rows += [judge.row(name, result, note=note) for name, result in baselines.items()]
+        rows += [judge.row("baseline", result, name=name, note=note) for name, result in baselines.items()]
         rows += [judge.row("merged", one.result, one.point) for one in merged]
         rows += [judge.row("refined", one.result, one.point, note=_verdict(one)) for one in refined]
         rows += [judge.row("oracle", one.result, one.point) for one in oracles]
-        starts = {row.point: row.evaluation for row in rows if row.name == "merged"}
+        starts = {row.point: row.evaluation for row in rows if row.kind == "merged"}
         curves = {one.point: judge.curve(one, starts[one.point]) for one in refined if one.snapshots}
     return tuple(rows), curves
 
@@ -82,37 +86,51 @@ class Judge:
     """
 
     work: Work
-    parents: Parents
+    parents: LoadedParents
     tasks: EvaluationSet
     parent_scores: Mapping[str, Evaluation]
 
     @classmethod
-    def with_parents(cls, work: Work, parents: Parents, tasks: EvaluationSet) -> tuple[Judge, list[Row]]:
+    def with_parents(
+        cls, work: Work, parents: LoadedParents, tasks: EvaluationSet
+    ) -> tuple[Judge, list[Row]]:
         """A judge that knows what the parents answer, and the parents' own rows."""
         alone = cls(work, parents, tasks, {})
         labels = work.recipe.recipe.labels
         rows, scores = [], {}
-        cost = pleas.flops(parents.a.module, parents.example)
-        for parent in (parents.a, parents.b):
-            columns = parent_columns(labels, parent.name, parent.outputs)
+        cost = pleas.flops(parents.first.module, parents.example)
+        outputs = {parent.name: parent.outputs for parent in parents.each}
+        for parent in parents.each:
+            columns = parent_columns(labels, parent.name, outputs)
             scores[parent.name] = alone.score(parent.module, columns, parent.preprocess)
             rows.append(
-                Row(f"parent {parent.name}", cost, 1.0, _parameters(parent.module), scores[parent.name])
+                Row("parent", parent.name, cost, 1.0, _parameters(parent.module), scores[parent.name])
             )
         judge = replace(alone, parent_scores=scores)
-        both = BothParents(parents, labels)
-        evaluation = judge.score(both, judge.columns, parents.input)
-        rows.append(Row("ensemble", 2 * cost, 2.0, _parameters(both), evaluation))
+        together, count = AllParents(parents, labels), len(parents.each)
+        evaluation = judge.score(together, judge.columns, parents.input)
+        rows.append(Row("ensemble", "", count * cost, float(count), _parameters(together), evaluation))
         return judge, rows
 
     @property
     def columns(self) -> Columns:
-        """Heads of a network that answers for both parents."""
-        return merged_columns(self.work.recipe.recipe.labels, self.parents.a.outputs, self.parents.b.outputs)
+        """Heads of a network that answers for all parents."""
+        return self.parents.columns(self.work.recipe.recipe.labels)
 
-    def row(self, name: str, result: pleas.MergeResult, point: Point | None = None, note: str = "") -> Row:
+    def row(
+        self,
+        kind: Kind,
+        result: pleas.MergeResult,
+        point: Point | None = None,
+        *,
+        name: str = "",
+        note: str = "",
+    ) -> Row:
         evaluation = self.score(result.module, self.columns, self.parents.input)
-        return Row(name, result.flops, result.ratio, result.parameters, evaluation, point, note)
+        predicted = result.held_out_error if kind in ("merged", "oracle") else None
+        return Row(
+            kind, name, result.flops, result.ratio, result.parameters, evaluation, point, note, predicted
+        )
 
     def curve(self, one: Merged, start: Evaluation) -> list[dict[str, float | None]]:
         """Accuracy of a network against seconds of refining, from what was kept of it on the way."""

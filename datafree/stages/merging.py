@@ -5,8 +5,8 @@ them.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -17,25 +17,13 @@ from datafree.images import ImageSet
 from datafree.progress import StageProgress
 from datafree.results import Point
 from datafree.stages.inputs import Inputs, image_inputs
-from datafree.stages.parents import Parents, has_batch_norm
+from datafree.stages.parents import LoadedParents, has_batch_norm
 from datafree.stages.work import Work
 from datafree.store import Stage
-from pleas.layers import find_layers
-from pleas.plan import output_places
+from pleas.cost import output_places
 from pleas.refine import Snapshot
 from pleas.solve import check_rows as pleas_check_rows
-from pleas.statistics import needs_second_pass
 from pleas.symmetry import identity
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """What the images say: second moments, which unit of B plays the part of which unit of A, and what fusing each
-    pair would cost."""
-
-    statistics: pleas.Statistics
-    matching: pleas.Permutation
-    costs: pleas.FusingCosts
 
 
 @dataclass(frozen=True)
@@ -48,169 +36,152 @@ class Merged:
     snapshots: tuple[Snapshot, ...] = ()  # the network on its way there
 
 
-def check_rows(work: Work, symmetry: pleas.Symmetry, images: int) -> None:
+def check_rows(work: Work, networks: pleas.Parents, images: int) -> None:
     """Raise before any work if `images` cannot give a layer the rows its least squares need, even at 1.0x."""
-    layers, settings = find_layers(symmetry.program), work.settings
+    settings, solved = work.settings, int(images * (1 - work.settings.holdout))
     with work.recipe.at("proxy", "count"):
-        for layer, places in zip(layers, output_places(symmetry, layers), strict=True):
-            rows = images * min(places, settings.positions)
+        places_of = output_places(networks.symmetry, networks.layers)
+        for layer, places in zip(networks.layers, places_of, strict=True):
+            rows = solved * min(places, settings.positions)
             pleas_check_rows(layer, rows, layer.d_in, settings.min_rows)
 
 
-def gather_evidence(work: Work, parents: Parents, symmetry: pleas.Symmetry, inputs: Inputs) -> Evidence:
-    """Second moments and matching from one pass over `inputs`, two where the network has layers that wait for it."""
-    settings, merge = work.settings, work.recipe.recipe.merge
-    meaning = {
+def gather_evidence(
+    work: Work, parents: LoadedParents, networks: pleas.Parents, inputs: Inputs
+) -> pleas.Evidence:
+    """Second moments of all units from one pass over `inputs`, and the matching they give."""
+    meaning = _meaning_of_inputs(work, parents, inputs)
+
+    def make() -> Stage:
+        statistics = pleas.collect(networks, inputs, images=inputs.count, progress=work.progress)
+        return Stage({name: tensor.cpu() for name, tensor in statistics.to_tensors().items()}, None)
+
+    with work.progress.stage("statistics"), work.recipe.at("parents"):
+        found = work.finished("statistics", meaning, make)
+    with work.progress.stage("matching"):
+        return pleas.gather(networks, inputs, statistics=pleas.Statistics.from_tensors(found.tensors))
+
+
+def _meaning_of_inputs(work: Work, parents: LoadedParents, inputs: Inputs) -> dict[str, Any]:
+    settings = work.settings
+    return {
         "parents": parents.fingerprint,
         "images": inputs.fingerprint,
-        "rows": merge.rows,
-        "positions": merge.positions,
-        "batch": merge.batch,
+        "rows": settings.rows,
+        "positions": settings.positions,
+        "batch": inputs.batch,
         "seed": settings.seed,
         "device": work.device.type,
         "torch": torch.__version__,
     }
-    a, b = parents.a.module, parents.b.module
-    moved_a, moved_b = (copy.deepcopy(module).to(work.device) for module in (a, b))
-
-    def first_pass() -> pleas.Statistics:
-        return pleas.collect(
-            symmetry, moved_a, moved_b, inputs, settings, images=inputs.count, progress=work.progress
-        )
-
-    def second_pass() -> pleas.Statistics:
-        both = pleas.collect_grouped(
-            symmetry, statistics, matching, moved_a, moved_b, inputs, settings, progress=work.progress
-        )
-        new = {name: moments for name, moments in both.joint.items() if name not in statistics.joint}
-        return replace(both, joint=new, units={}, rows={})
-
-    with work.progress.stage("statistics"), work.recipe.at("parents"):
-        statistics = _finished(work, "statistics", meaning, first_pass)
-    with work.progress.stage("matching"):
-        matching = pleas.match(symmetry, statistics, a, b, settings)
-    if needs_second_pass(symmetry):
-        with work.progress.stage("matched statistics"), work.recipe.at("parents"):
-            meaning |= {"matching": merge.matching, "of": ["groups", "rows", "norms"]}
-            second = _finished(work, "grouped", meaning, second_pass)
-            joint = {**statistics.joint, **second.joint}
-            statistics = replace(statistics, grouped=second.grouped, norms=second.norms, joint=joint)
-    with work.progress.stage("fusing costs"):
-        costs = pleas.fusing_costs(symmetry, statistics, matching, a, b)
-    return Evidence(statistics, matching, costs)
 
 
-def _finished(
-    work: Work, stage: str, meaning: Mapping[str, Any], make: Callable[[], pleas.Statistics]
-) -> pleas.Statistics:
-    """Statistics from the store, or made now and kept there; always on the CPU."""
-
-    def made() -> Stage:
-        return Stage({name: tensor.cpu() for name, tensor in make().to_tensors().items()}, None)
-
-    return pleas.Statistics.from_tensors(work.finished(stage, meaning, made).tensors)
-
-
-def make_plans(
-    work: Work, parents: Parents, symmetry: pleas.Symmetry, evidence: Evidence
-) -> dict[Point, pleas.Plan]:
+def make_plans(work: Work, evidence: pleas.Evidence) -> dict[Point, pleas.Plan]:
     """Which units are fused at every point the recipe asks for."""
     with work.progress.stage("plan"), work.recipe.at("merge"):
-        return {point: _plan(work, parents, symmetry, evidence, point) for point in work.points}
+        return {point: _plan(evidence, point) for point in work.points}
 
 
-def _plan(
-    work: Work, parents: Parents, symmetry: pleas.Symmetry, evidence: Evidence, point: Point
-) -> pleas.Plan:
+def _plan(evidence: pleas.Evidence, point: Point) -> pleas.Plan:
     return pleas.make_plan(
-        symmetry,
-        evidence.statistics,
-        evidence.matching,
-        parents.a.module,
-        parents.b.module,
-        work.settings,
+        evidence,
         budget=point.value if point.kind == "budget" else None,
         apart=point.value if point.kind == "apart" else None,
-        costs=evidence.costs,
     )
 
 
 def solve_plans(
-    work: Work,
-    parents: Parents,
-    symmetry: pleas.Symmetry,
-    evidence: Evidence,
-    plans: Mapping[Point, pleas.Plan],
+    work: Work, parents: LoadedParents, evidence: pleas.Evidence, plans: Mapping[Point, pleas.Plan]
 ) -> tuple[Merged, ...]:
-    """The merged network of every plan, each layer by least squares, in the form it is saved in."""
-    merged = []
+    """The merged network of every plan, each layer by least squares, in the form it is saved in.
+
+    A network that an earlier run solved is found in the store.
+    """
     with work.progress.stage("least squares"), work.recipe.at("proxy", "count"):
-        for done, (point, plan) in enumerate(plans.items(), 1):
-            result = pleas.assemble(
-                symmetry,
-                evidence.statistics,
-                evidence.matching,
-                plan,
-                parents.a.module,
-                parents.b.module,
-                work.settings,
-                example=parents.example,
-            )
-            merged.append(Merged(point, replace(result, module=portable(result, parents.a.reference))))
-            work.progress(point.label, done, len(plans))
-    return tuple(merged)
+        return tuple(_solved(work, parents, evidence, point, plan) for point, plan in plans.items())
 
 
-def average_weights(
-    work: Work, parents: Parents, symmetry: pleas.Symmetry, evidence: Evidence, inputs: Inputs
-) -> dict[str, pleas.MergeResult]:
+def _solved(
+    work: Work, parents: LoadedParents, evidence: pleas.Evidence, point: Point, plan: pleas.Plan
+) -> Merged:
+    inputs = evidence.inputs
+    assert isinstance(inputs, Inputs)
+    meaning = {
+        **_meaning_of_inputs(work, parents, inputs),
+        "settings": asdict(work.settings),
+        "plan": {str(c): [p.masks.tolist(), p.sources.tolist()] for c, p in plan.classes.items()},
+    }
+    kept: list[pleas.MergeResult] = []
+
+    def progress(_: str, done: int, total: int) -> None:
+        work.progress(point.label, done, total)
+
+    def make() -> Stage:
+        result = pleas.assemble(evidence, plan, progress=progress)
+        result = replace(result, module=portable(result, parents.first.reference))
+        kept.append(result)
+        told = {
+            "layers": [asdict(layer) for layer in result.layers],
+            "averaged": list(result.averaged),
+            "propagate": result.propagate,
+            "held_out_error": result.held_out_error,
+            "tried": [[t, error] for t, error in result.tried.items()],
+        }
+        return Stage({name: value.cpu() for name, value in result.module.state_dict().items()}, told)
+
+    stage = work.finished("merged", meaning, make)
+    if kept:
+        return Merged(point, kept[0])
+    result = pleas.assemble(
+        evidence, plan, least_squares=False
+    )  # the same network, its weights not yet solved
+    module = portable(result, parents.first.reference)
+    module.load_state_dict(stage.tensors)
+    told = stage.value
+    layers = tuple(pleas.LayerEvidence(**{**layer, "dead": tuple(layer["dead"])}) for layer in told["layers"])
+    result = replace(
+        result,
+        module=module,
+        layers=layers,
+        averaged=tuple(told["averaged"]),
+        propagate=told["propagate"],
+        held_out_error=told["held_out_error"],
+        tried={t: error for t, error in told["tried"]},
+    )
+    return Merged(point, result)
+
+
+def average_weights(work: Work, evidence: pleas.Evidence, inputs: Inputs) -> dict[str, pleas.MergeResult]:
     """The parents' weights averaged at 1.0x, units as they come and matched; no least squares.
 
     Their batch norms are re-estimated on the proxies, because averaged units lose variance (arXiv
     2211.08403).
     """
-    plan = _plan(work, parents, symmetry, evidence, Point("apart", 0.0))
-    matchings = {"plain average": identity(symmetry), "permutation only": evidence.matching}
+    plan = _plan(evidence, Point("apart", 0.0))
+    unmatched = (identity(evidence.parents.symmetry),) * evidence.parents.count
+    orders = {"plain average": unmatched, "permutation only": evidence.alignments}
     with work.progress.stage("baselines"):
         return {
-            name: _average(work, parents, symmetry, replace(evidence, matching=matching), inputs, plan)
-            for name, matching in matchings.items()
+            name: _average(work, replace(evidence, alignments=alignments), inputs, plan)
+            for name, alignments in orders.items()
         }
 
 
-def _average(
-    work: Work,
-    parents: Parents,
-    symmetry: pleas.Symmetry,
-    evidence: Evidence,
-    inputs: Inputs,
-    plan: pleas.Plan,
-) -> pleas.MergeResult:
-    result = pleas.assemble(
-        symmetry,
-        evidence.statistics,
-        evidence.matching,
-        plan,
-        parents.a.module,
-        parents.b.module,
-        work.settings,
-        example=parents.example,
-        least_squares=False,
-    )
-    if not has_batch_norm(symmetry):
+def _average(work: Work, evidence: pleas.Evidence, inputs: Inputs, plan: pleas.Plan) -> pleas.MergeResult:
+    result = pleas.assemble(evidence, plan, least_squares=False)
+    if not has_batch_norm(evidence.parents.symmetry):
         return result
     moved = copy.deepcopy(result.module).to(work.device)
     return replace(result, module=pleas.reestimate_bn(moved, inputs.merged()).cpu())
 
 
 def merge_real(
-    work: Work, parents: Parents, symmetry: pleas.Symmetry, images: ImageSet | None
+    work: Work, parents: LoadedParents, networks: pleas.Parents, images: ImageSet | None
 ) -> tuple[Merged, ...]:
     """The oracle: the same merge at every point, from real images; nothing when the recipe has none."""
     if images is None:
         return ()
     with work.progress.stage("oracle"):
         inner = replace(work, progress=StageProgress())  # its steps are one stage to the user
-        evidence = gather_evidence(inner, parents, symmetry, image_inputs(work, parents, images))
-        plans = make_plans(inner, parents, symmetry, evidence)
-        return solve_plans(inner, parents, symmetry, evidence, plans)
+        evidence = gather_evidence(inner, parents, networks, image_inputs(work, parents, images))
+        return solve_plans(inner, parents, evidence, make_plans(inner, evidence))

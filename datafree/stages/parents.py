@@ -1,7 +1,8 @@
-"""The parents, what they have in common, and the symmetry of their architecture."""
+"""The parents of a run, what they have in common, and the symmetry of their architecture."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 import pleas
 from datafree.errors import UsageError
+from datafree.evaluate import Columns, merged_columns
 from datafree.models import Parent, load_parent
 from datafree.preprocess import Preprocess
 from datafree.recipe import RecipeFile
@@ -18,18 +20,34 @@ from pleas.layers import BATCH_NORM
 
 
 @dataclass(frozen=True)
-class Parents:
-    """Both parents and what they have in common. input: how images become the merged network's input."""
+class LoadedParents:
+    """Every parent of a recipe, in its order. input: how images become the merged network's input."""
 
-    a: Parent
-    b: Parent
+    each: tuple[Parent, ...]
     input: Preprocess
     notes: tuple[str, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(parent.name for parent in self.each)
+
+    @property
+    def first(self) -> Parent:
+        return self.each[0]
+
+    @property
+    def same_input(self) -> bool:
+        """Whether all take the same pixels."""
+        return all(parent.preprocess == self.first.preprocess for parent in self.each)
 
     @property
     def example(self) -> Tensor:
         """Two images of zeros as the networks take them, for tracing and counting."""
         return torch.zeros(2, *self.input.shape)
+
+    def columns(self, labels: str) -> Columns:
+        """Heads of a network that answers for all parents."""
+        return merged_columns(labels, {parent.name: parent.outputs for parent in self.each})
 
     @property
     def fingerprint(self) -> dict[str, Any]:
@@ -41,87 +59,100 @@ class Parents:
                 "state": parent.fingerprint,
                 "preprocess": parent.preprocess.to_dict(),
             }
-            for parent in (self.a, self.b)
+            for parent in self.each
         }
 
 
-def load_parents(work: Work, *, probe: bool = False) -> Parents:
-    """Both parents, checked to be one architecture whose outputs fit the recipe's `labels`.
+def load_parents(work: Work, *, probe: bool = False) -> LoadedParents:
+    """All parents, checked to be one architecture whose outputs fit the recipe's `labels`.
 
     probe: do not train quickstart experts that are not cached yet
+    Raises UsageError that names what is wrong with every parent, not only with the first.
     """
-    recipe, specs = work.recipe, work.recipe.recipe.parents
-    parents = []
+    recipe, parents, wrong = work.recipe, [], []
     with work.progress.stage("parents"):
-        for name, spec in (("a", specs.a), ("b", specs.b)):
-            with recipe.at("parents", name):
-                parents.append(load_parent(spec, name, recipe.base, probe=probe, progress=work.progress))
-        a, b = parents
+        for name, spec in recipe.recipe.parents.items():
+            try:
+                with recipe.at("parents", name):
+                    parents.append(load_parent(spec, name, recipe.base, probe=probe, progress=work.progress))
+            except UsageError as error:
+                wrong.append(str(error))
+        if wrong:
+            raise UsageError("\n".join(wrong))
         with recipe.at("parents"):
-            pleas.check_parents(a.module, b.module, work.settings)
-            merged_input, notes = _merged_input(a, b)
-        _check_labels(recipe, a, b)
+            pleas.check_parents(
+                [parent.module for parent in parents],
+                work.settings,
+                names=[parent.name for parent in parents],
+            )
+            merged_input, notes = _merged_input(parents)
+        _check_labels(recipe, parents)
     said = [f"parent {parent.name}: {note}" for parent in parents for note in parent.notes]
-    return Parents(a, b, merged_input, (*said, *notes))
+    return LoadedParents(tuple(parents), merged_input, (*said, *notes))
 
 
-def _check_labels(recipe: RecipeFile, a: Parent, b: Parent) -> None:
+def _check_labels(recipe: RecipeFile, parents: Sequence[Parent]) -> None:
     if recipe.recipe.labels == "separate":
         return
-    if a.outputs != b.outputs:
-        raise recipe.error(
-            f"shared labels need parents with the same outputs, but a has {a.outputs} and b has "
-            f"{b.outputs}: say "
-            "`labels: separate` for one head per parent",
-            "labels",
-        )
-    if a.classes and b.classes and a.classes != b.classes:
-        first = next(i for i, (x, y) in enumerate(zip(a.classes, b.classes, strict=True)) if x != y)
-        raise recipe.error(
-            f"shared labels mean that output i is the same class in both parents, but output {first} is "
-            f"{a.classes[first]!r} in a and {b.classes[first]!r} in b: say `labels: separate`, or "
-            "correct `classes`",
-            "labels",
-        )
+    first = parents[0]
+    for other in parents[1:]:
+        if first.outputs != other.outputs:
+            raise recipe.error(
+                f"shared labels need parents with the same outputs, but {first.name} has {first.outputs} and "
+                f"{other.name} has {other.outputs}: say `labels: separate` for one head per parent",
+                "labels",
+            )
+        if first.classes and other.classes and first.classes != other.classes:
+            pairs = enumerate(zip(first.classes, other.classes, strict=True))
+            place = next(i for i, (x, y) in pairs if x != y)
+            raise recipe.error(
+                f"shared labels mean that output i is the same class in all parents, but output {place} is "
+                f"{first.classes[place]!r} in {first.name} and {other.classes[place]!r} in {other.name}: say "
+                "`labels: separate`, or correct `classes`",
+                "labels",
+            )
 
 
-def _merged_input(a: Parent, b: Parent) -> tuple[Preprocess, tuple[str, ...]]:
+def _merged_input(parents: Sequence[Parent]) -> tuple[Preprocess, tuple[str, ...]]:
     """How images become the merged network's input: the mean of what the parents see.
 
-    Where mean and standard deviation differ, the mean of two affine maps of a pixel is one affine map again.
+    Where mean and standard deviation differ, the mean of affine maps of a pixel is one affine map again.
     """
-    pa, pb = a.preprocess, b.preprocess
-    if pa == pb:
-        return pa, ()
-    if pa.shape != pb.shape:
+    seen: Mapping[str, Preprocess] = {parent.name: parent.preprocess for parent in parents}
+    first = parents[0].preprocess
+    if all(one == first for one in seen.values()):
+        return first, ()
+    if any(one.shape != first.shape for one in seen.values()):
         colours = {1: "grey", 3: "RGB"}
         each = ", ".join(
             f"{name} takes {p.size[0]}x{p.size[1]} {colours.get(p.channels, p.channels)}"
-            for name, p in (("a", pa), ("b", pb))
+            for name, p in seen.items()
         )
         raise UsageError(
-            f"the parents take different images ({each}): give both one size and one number of channels"
+            f"the parents take different images ({each}): give all of them one size and one number of channels"
         )
     notes = []
-    if pa.interpolation != pb.interpolation:
+    if any(one.interpolation != first.interpolation for one in seen.values()):
         notes.append(
-            f"images of another size are resized for the merged network as for a: {pa.interpolation}"
+            f"images of another size are resized for the merged network as for {parents[0].name}: "
+            f"{first.interpolation}"
         )
-    slopes = [(1 / x + 1 / y) / 2 for x, y in zip(pa.std, pb.std, strict=True)]
-    offsets = [
-        (mx / sx + my / sy) / 2 for mx, sx, my, sy in zip(pa.mean, pa.std, pb.mean, pb.std, strict=True)
-    ]
+    channels, count = range(first.channels), len(parents)
+    slopes = [sum(1 / one.std[c] for one in seen.values()) / count for c in channels]
+    offsets = [sum(one.mean[c] / one.std[c] for one in seen.values()) / count for c in channels]
     mean = tuple(offset / slope for offset, slope in zip(offsets, slopes, strict=True))
     std = tuple(1 / slope for slope in slopes)
-    if (pa.mean, pa.std) != (pb.mean, pb.std):
+    if any((one.mean, one.std) != (first.mean, first.std) for one in seen.values()):
         notes.append("the parents normalise differently: the merged network takes the mean of their inputs")
-    return replace(pa, mean=mean, std=std), tuple(notes)
+    return replace(first, mean=mean, std=std), tuple(notes)
 
 
-def trace_symmetry(work: Work, parents: Parents, *, strict: bool = False) -> pleas.Symmetry:
-    """Which units of the architecture are exchangeable, verified numerically."""
-    with work.progress.stage("symmetry"), work.recipe.at("parents", "a", "model"):
-        return pleas.trace(parents.a.module, parents.example, strict=strict)
+def trace_parents(work: Work, parents: LoadedParents) -> pleas.Parents:
+    """The networks of the merge: which units of their architecture are exchangeable, verified numerically."""
+    with work.progress.stage("symmetry"), work.recipe.at("parents", parents.first.name, "model"):
+        return pleas.Parents.of(
+            [parent.module for parent in parents.each], parents.example, work.settings, names=parents.names
+        )
 
 
 def has_batch_norm(symmetry: pleas.Symmetry) -> bool:

@@ -1,4 +1,4 @@
-"""Refine: every merged network distils both parents on the proxies, and is kept only where that helps."""
+"""Refine: every merged network distils its parents on the proxies, and is kept only where that helps."""
 
 from __future__ import annotations
 
@@ -11,9 +11,6 @@ import torch
 from torch import Tensor, nn
 
 import pleas
-from datafree.evaluate import merged_columns
-from datafree.models import Parent
-from datafree.preprocess import Preprocess
 from datafree.proxy import ProxySet
 from datafree.proxy.augment import augment_lightly
 from datafree.proxy.build import common_input
@@ -22,7 +19,7 @@ from datafree.proxy.source import Request
 from datafree.recipe import FreshSpec, RecipeFile, RefineSpec
 from datafree.seeds import derive_seed
 from datafree.stages.merging import Merged
-from datafree.stages.parents import Parents
+from datafree.stages.parents import LoadedParents
 from datafree.stages.work import Work
 from datafree.store import Stage, content_hash
 from pleas.refine import (
@@ -32,6 +29,7 @@ from pleas.refine import (
     RefineSettings,
     Renew,
     Snapshot,
+    Teacher,
     feature_layers,
     kind_of_outputs,
     refine,
@@ -43,7 +41,7 @@ EXACT = 1e-9  # mean relative residual of layers that do all their parents do
 
 
 @torch.no_grad()
-def check_refining(work: Work, parents: Parents, symmetry: pleas.Symmetry) -> None:
+def check_refining(work: Work, parents: LoadedParents, networks: pleas.Parents) -> None:
     """Raise before any work where these parents cannot be refined as the recipe asks."""
     recipe = work.recipe
     spec = recipe.recipe.refine
@@ -51,18 +49,18 @@ def check_refining(work: Work, parents: Parents, symmetry: pleas.Symmetry) -> No
         return
     if spec.feature_weight:
         with recipe.at("refine", "feature_weight"):
-            feature_layers(symmetry, parents.a.module)
+            feature_layers(networks)
     if spec.fresh is not None:
         noise = torch.rand(PROBES, *parents.input.shape, generator=torch.Generator().manual_seed(0))
-        answers = [parent.module(noise) for parent in (parents.a, parents.b)]
-        _, why = kind_of_outputs(answers)
+        answers = [parent.module(noise) for parent in parents.each]
+        _, why = kind_of_outputs(dict(zip(parents.names, answers, strict=True)))
         if why is not None:
             said = "images in dispute are found by comparing predictions of classes, so remove refine.fresh"
             raise recipe.error(f"{why}; {said}", "refine", "fresh")
 
 
 def refine_merged(
-    work: Work, parents: Parents, proxies: ProxySet, merged: Sequence[Merged]
+    work: Work, parents: LoadedParents, evidence: pleas.Evidence, proxies: ProxySet, merged: Sequence[Merged]
 ) -> tuple[Merged, ...]:
     """The merged networks after refining; nothing where the recipe has no `refine`.
 
@@ -78,7 +76,7 @@ def refine_merged(
         return tuple(
             _left(work, one)
             if one.result.mean_residual < EXACT
-            else _refine_one(work, parents, proxies, images, one, settings)
+            else _refine_one(work, parents, evidence, proxies, images, one, settings)
             for one in merged
         )
 
@@ -102,30 +100,30 @@ AUGMENT: dict[str, Augment | None] = {"shift": shift_and_flip, "light": _lightly
 
 
 def fresh_images(
-    recipe: RecipeFile,
-    a: Parent,
-    b: Parent,
-    merged_input: Preprocess,
-    fresh: FreshSpec,
-    seed: int,
-    device: torch.device,
+    recipe: RecipeFile, parents: LoadedParents, fresh: FreshSpec, seed: int, device: torch.device
 ) -> Renew:
     """What makes new proxies for a network in training: a pure function of its weights and the round."""
     spec = next(source for source in recipe.recipe.proxy.sources if isinstance(source, InversionSpec))
-    columns = merged_columns(recipe.recipe.labels, a.outputs, b.outputs)
-    size, channels = common_input([a, b])
+    columns = parents.columns(recipe.recipe.labels)
+    size, channels = common_input(parents.each)
 
     def renew(network: nn.Module, number: int) -> Tensor:
         seeded = derive_seed(seed, "refine", "fresh", str(number))
-        request = Request([a, b], size, channels, seeded, recipe.base, device)
-        opponent = Opponent(network, merged_input, columns, fresh.weight)
+        request = Request(parents.each, size, channels, seeded, recipe.base, device)
+        opponent = Opponent(network, parents.input, columns, fresh.weight)
         return images_in_dispute(spec, request, opponent, fresh.count)
 
     return renew
 
 
 def _refine_one(
-    work: Work, parents: Parents, proxies: ProxySet, images: Tensor, one: Merged, settings: RefineSettings
+    work: Work,
+    parents: LoadedParents,
+    evidence: pleas.Evidence,
+    proxies: ProxySet,
+    images: Tensor,
+    one: Merged,
+    settings: RefineSettings,
 ) -> Merged:
     spec = work.recipe.recipe.refine
     assert spec is not None
@@ -145,7 +143,7 @@ def _refine_one(
     }
 
     def make() -> Stage:
-        found = _run(work, parents, images, one, spec, settings, curve, meaning)
+        found = _run(work, parents, evidence, images, one, spec, settings, curve, meaning)
         modules = {"": found.module} | {f"{i}/": taken.module for i, taken in enumerate(found.snapshots)}
         tensors = {
             prefix + name: tensor
@@ -175,7 +173,8 @@ def _with_state(module: nn.Module, tensors: Mapping[str, Tensor], prefix: str) -
 
 def _run(
     work: Work,
-    parents: Parents,
+    parents: LoadedParents,
+    evidence: pleas.Evidence,
     images: Tensor,
     one: Merged,
     spec: RefineSpec,
@@ -185,23 +184,17 @@ def _run(
 ) -> RefineResult:
     features = None
     if settings.feature_weight:
-        result = one.result
-        features = Features(result.symmetry, result.matching, result.plan, parents.a.module, parents.b.module)
+        features = Features(evidence, one.result.plan)
     kept = work.kept("refining", meaning)
     renew = None
     if spec.fresh is not None:
-        renew = fresh_images(
-            work.recipe, parents.a, parents.b, parents.input, spec.fresh, work.seed, work.device
-        )
+        renew = fresh_images(work.recipe, parents, spec.fresh, work.seed, work.device)
     return refine(
         one.result.module,
-        parents.a.module,
-        parents.b.module,
+        [Teacher(parent.name, parent.module, parent.preprocess) for parent in parents.each],
         images,
         settings,
         normalise=parents.input,
-        normalise_a=parents.a.preprocess,
-        normalise_b=parents.b.preprocess,
         heads=work.recipe.recipe.labels,
         augment=AUGMENT[spec.augment],
         renew=renew,
