@@ -1,4 +1,4 @@
-"""The merged module: a network whose widened layers are stored, and computed, as their blocks (design 5).
+"""The merged module: a network whose widened layers are stored, and computed, as their blocks.
 
 Structural zeros cost neither memory nor multiply-adds, so `FlopCounterMode` counts what the plan promised and
 a plan that fuses nothing is the two parents side by side. The module is built from a graph of core ATen ops
