@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -21,11 +22,11 @@ TINY = 1e-6  # a loss that rounding alone can make
 
 
 @dataclass(frozen=True)
-class Evidence:
+class Closeness:
     """How close a network is to its parents on the held-out images.
 
     loss:      what is minimised: 0 is the parents themselves
-    agreement: head ("a", "b" or "shared") -> share of images for which the network chooses the parents'
+    agreement: head (a teacher's name, or "shared") -> share of images for which the network chooses the parents'
                class; where outputs are no logits, the share of their variance that it explains
     """
 
@@ -40,50 +41,67 @@ class Evidence:
     def finite(self) -> bool:
         return math.isfinite(self.loss)
 
-    def better_than(self, best: Evidence, start: Evidence) -> bool:
+    def better_than(self, best: Closeness, start: Closeness) -> bool:
         """Closer to the parents than the best so far, and in no less agreement with them than the start."""
         return self.loss < best.loss - TINY and self.mean_agreement >= start.mean_agreement
 
 
-class Parents:
-    """Both parents as one teacher: their logits side by side, or for a shared head their mean."""
+@dataclass(frozen=True)
+class Teacher:
+    """A parent that the merged network learns from.
 
-    def __init__(
-        self, a: nn.Module, b: nn.Module, normalise_a: Normalise, normalise_b: Normalise, shared: bool
-    ) -> None:
-        self._parents = (("A", a, normalise_a), ("B", b, normalise_b))
-        self.shared = shared
+    name:      what messages call it, and its head where every parent has its own
+    normalise: makes uint8 images its input; None: as the merged network's
+    """
+
+    name: str
+    module: nn.Module
+    normalise: Normalise | None = None
+
+
+class Teachers:
+    """All parents as one teacher: their logits side by side, or for a shared head their mean."""
+
+    def __init__(self, teachers: Sequence[Teacher], normalise: Normalise, shared: bool) -> None:
+        self._teachers, self._normalise, self.shared = tuple(teachers), normalise, shared
+
+    @property
+    def names(self) -> list[str]:
+        return [teacher.name for teacher in self._teachers]
 
     def __call__(self, images: Tensor) -> Tensor:
-        """uint8 (N, C, H, W) -> float32 (N, K) or (N, K_a + K_b). Raises NonFinite, naming the parent."""
+        """uint8 (N, C, H, W) -> float32 (N, K), or (N, sum of K_p) where heads are separate; see `answers`."""
         return self.together(self.answers(images))
 
     def inputs(self, images: Tensor) -> list[Tensor]:
         """What each parent sees of uint8 images."""
-        return [normalise(images) for _, _, normalise in self._parents]
+        return [self._input(teacher, images) for teacher in self._teachers]
 
-    def together(self, outputs: list[Tensor]) -> Tensor:
+    def together(self, outputs: Sequence[Tensor]) -> Tensor:
         """One target of each parent's own outputs."""
-        return (outputs[0] + outputs[1]) / 2 if self.shared else torch.cat(outputs, 1)
+        return torch.stack(list(outputs)).mean(0) if self.shared else torch.cat(list(outputs), 1)
 
     def answers(self, images: Tensor) -> list[Tensor]:
-        """Each parent's own outputs, float32 (N, K_a) and (N, K_b)."""
+        """Each parent's own outputs, float32 (N, K_p). Raises NonFinite, naming the parent."""
         with torch.no_grad():
-            return [self._answer(*parent, images) for parent in self._parents]
+            return [self._answer(teacher, images) for teacher in self._teachers]
 
-    def _answer(self, name: str, parent: nn.Module, normalise: Normalise, images: Tensor) -> Tensor:
-        output = parent(normalise(images)).float()
+    def _input(self, teacher: Teacher, images: Tensor) -> Tensor:
+        return (teacher.normalise or self._normalise)(images)
+
+    def _answer(self, teacher: Teacher, images: Tensor) -> Tensor:
+        output = teacher.module(self._input(teacher, images)).float()
         if not output.isfinite().all():
             raise NonFinite(
-                f"parent {name} returns NaN or infinity on proxy images, so nothing can be learnt from it: "
+                f"parent {teacher.name} returns NaN or infinity on proxy images, so nothing can be learnt from it: "
                 "check its weights and preprocessing"
             )
         return output
 
 
-def kind_of_outputs(answers: Sequence[Tensor]) -> tuple[Outputs, str | None]:
-    """What the parents return, (N, K) each; with the sentence to say about it for anything but logits."""
-    for name, answer in zip("AB", answers, strict=True):
+def kind_of_outputs(answers: Mapping[str, Tensor]) -> tuple[Outputs, str | None]:
+    """What the parents return, (N, K) each by name; with the sentence to say about it for anything but logits."""
+    for name, answer in answers.items():
         found = _not_logits(answer)
         if found:
             return "values", (
@@ -133,13 +151,13 @@ class Objective:
         theirs = F.log_softmax(target / temperature, 1)
         return temperature**2 * F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
 
-    def judge(self, output: Tensor, target: Tensor) -> Evidence:
-        """Evidence of all held-out outputs together."""
+    def judge(self, output: Tensor, target: Tensor) -> Closeness:
+        """The closeness of all held-out outputs together."""
         agreement = {
             name: self._agreement(output[:, head].float(), target[:, head])
             for name, head in self.heads.items()
         }
-        return Evidence(float(self(output, target)), agreement)
+        return Closeness(float(self(output, target)), agreement)
 
     def _agreement(self, output: Tensor, target: Tensor) -> float:
         if self.outputs == "logits":
@@ -148,8 +166,9 @@ class Objective:
         return 1 - float((output - target).square().sum() / spread.clamp_min(torch.finfo(spread.dtype).tiny))
 
 
-def heads_of(sizes: Sequence[int], shared: bool) -> dict[str, slice]:
-    """Output columns of every head; sizes: (K_a, K_b)."""
+def heads_of(sizes: Mapping[str, int], shared: bool) -> dict[str, slice]:
+    """Output columns of every head; sizes: outputs of each parent, by name."""
+    ends = list(accumulate(sizes.values()))
     if shared:
-        return {"shared": slice(0, sizes[0])}
-    return {"a": slice(0, sizes[0]), "b": slice(sizes[0], sizes[0] + sizes[1])}
+        return {"shared": slice(0, ends[0])}
+    return {name: slice(end - sizes[name], end) for name, end in zip(sizes, ends, strict=True)}

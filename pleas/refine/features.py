@@ -1,7 +1,7 @@
 """Matching inner activations: what the merged network's units compute, beside what its parents' units do.
 
-A merged unit stands for a unit of A, a unit of B or the mean of two matched ones, so its target is known unit by
-unit, with no projection to learn. What is compared is the input of a few layers, evenly spread over the depth.
+A merged unit stands for one unit of each parent that owns it, so its target, the mean over its owners, is known unit
+by unit, with no projection to learn. What is compared is the input of a few layers, evenly spread over the depth.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
+from pleas.average import mean_of_owners
 from pleas.errors import InputError
-from pleas.layers import Layer, find_layers
+from pleas.evidence import Evidence
+from pleas.layers import Layer
 from pleas.layout import Layout
+from pleas.parents import Parents
 from pleas.plan import Plan
-from pleas.solve import mixing
-from pleas.symmetry import Permutation, Symmetry, execute, permute_state, state_of
+from pleas.symmetry import execute
 from pleas.widen import Layouts
 
 STAGES = 4
@@ -37,24 +39,16 @@ class _Stage:
 class Features:
     """Which inner activations of a merged network are compared, and with what of its parents.
 
-    symmetry, matching, plan: those of the merge        stages: how many layers' inputs are compared
+    evidence, plan: those of the merge        stages: how many layers' inputs are compared
     """
 
-    def __init__(
-        self,
-        symmetry: Symmetry,
-        matching: Permutation,
-        plan: Plan,
-        a: nn.Module,
-        b: nn.Module,
-        stages: int = STAGES,
-    ) -> None:
-        program, layouts = symmetry.program, Layouts(symmetry, plan.classes)
-        chosen = feature_layers(symmetry, a, stages)
+    def __init__(self, evidence: Evidence, plan: Plan, stages: int = STAGES) -> None:
+        parents = evidence.parents
+        layouts = Layouts(parents.symmetry, plan.classes, parents.count)
+        chosen = feature_layers(parents, stages)
         self.stages = tuple(_Stage(layer, layouts.axis(layer.weight, 1)) for layer in chosen)
-        self._graph = program.graph
-        aligned = permute_state(symmetry, state_of(program, b), matching)
-        self._states = [state_of(program, a), aligned]
+        self._graph = parents.symmetry.program.graph
+        self._states = list(evidence.states)
 
     def to(self, device: torch.device) -> Features:
         """Itself, with the parents' tensors on `device`."""
@@ -63,7 +57,7 @@ class Features:
 
     @torch.no_grad()
     def targets(self, inputs: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """(both parents' outputs, what every stage's units should be); inputs: of A and of B."""
+        """(every parent's outputs, what every stage's units should be); inputs: every parent's."""
         seen: dict[str, list[Tensor]] = {}
 
         def visit(node: fx.Node, args: list[tuple], _: list[dict]) -> None:
@@ -103,12 +97,12 @@ class Features:
         return output, [found[stage.layer.name] for stage in self.stages]
 
 
-def feature_layers(symmetry: Symmetry, network: nn.Module, stages: int = STAGES) -> list[Layer]:
-    """The layers of a parent whose inputs are compared; raises InputError where it has none that can be."""
-    modules = dict(network.named_modules())
+def feature_layers(parents: Parents, stages: int = STAGES) -> list[Layer]:
+    """The layers of the parents whose inputs are compared; raises InputError where they have none that can be."""
+    modules = dict(parents.modules[0].named_modules())
     plain = [
         layer
-        for layer in find_layers(symmetry.program)
+        for layer in parents.layers
         if len(layer.nodes) == 1 and layer.groups == 1 and isinstance(modules.get(layer.name), _LAYERS)
     ][1:]  # the first reads the image
     if not plain:
@@ -120,15 +114,9 @@ def feature_layers(symmetry: Symmetry, network: nn.Module, stages: int = STAGES)
     return [plain[(i + 1) * len(plain) // count - 1] for i in range(count)]
 
 
-def _mixed(stage: _Stage, pair: Sequence[Tensor]) -> Tensor:
-    """Merged units' targets from both parents' aligned values."""
-    units = stage.units.source.to(pair[0].device)
-    shape = [-1 if dim == stage.dim % pair[0].dim() else 1 for dim in range(pair[0].dim())]
-    parts = [
-        coefficient.to(pair[0]).view(shape) * value.index_select(stage.dim, units)
-        for coefficient, value in zip(mixing(stage.units), pair, strict=True)
-    ]
-    return parts[0] + parts[1]
+def _mixed(stage: _Stage, values: Sequence[Tensor]) -> Tensor:
+    """Merged units' targets from all parents' aligned values."""
+    return mean_of_owners(values, {stage.dim % values[0].dim(): stage.units})
 
 
 class _Listener(fx.Interpreter):

@@ -1,4 +1,4 @@
-"""The refine stage: a short distillation of both parents into the merged network, on proxy images only.
+"""The refine stage: a short distillation of the parents into the merged network, on proxy images only.
 
 Least squares brings every layer of a merged network close to its parents; training the network on the
 parents' answers closes most of the distance that is left. No label and no real image is used. A held-out
@@ -12,14 +12,23 @@ import copy
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from pleas.errors import InputError, NonFinite
-from pleas.refine.distil import TINY, Evidence, Normalise, Objective, Parents, heads_of, kind_of_outputs
+from pleas.refine.distil import (
+    TINY,
+    Closeness,
+    Normalise,
+    Objective,
+    Teacher,
+    Teachers,
+    heads_of,
+    kind_of_outputs,
+)
 from pleas.refine.features import Features
 from pleas.refine.learner import Diverged, Learner, State, laid_out, schedule, with_weights
 from pleas.refine.settings import RefineSettings
@@ -28,7 +37,7 @@ from pleas.refine.views import Augment, Batches, shift_and_flip, split_off
 Progress = Callable[[str, int, int], None]
 Renew = Callable[[nn.Module, int], Tensor]
 
-FORMAT = 3
+FORMAT = 4
 MIN_HELD_OUT = 16
 DIVERGED = 3.0  # a held-out loss this many times the start's and that of a network blind to its input
 _AT_ONCE = 256  # images judged in one forward pass
@@ -43,7 +52,7 @@ class Check:
     seconds: float
     rate: float
     trained: float | None
-    evidence: Evidence
+    evidence: Closeness
 
 
 @dataclass(frozen=True)
@@ -67,8 +76,8 @@ class RefineResult:
 
     module: nn.Module
     kept: Literal["refined", "start"]
-    start: Evidence
-    refined: Evidence
+    start: Closeness
+    refined: Closeness
     history: tuple[Check, ...]
     steps: int
     seconds: float
@@ -79,14 +88,11 @@ class RefineResult:
 
 def refine(
     module: nn.Module,
-    a: nn.Module,
-    b: nn.Module,
+    teachers: Sequence[Teacher],
     images: Tensor,
     settings: RefineSettings = _DEFAULTS,
     *,
     normalise: Normalise,
-    normalise_a: Normalise | None = None,
-    normalise_b: Normalise | None = None,
     heads: Literal["shared", "separate"] = "shared",
     augment: Augment | None = shift_and_flip,
     renew: Renew | None = None,
@@ -100,9 +106,10 @@ def refine(
     """Train all weights of `module` to answer as its parents do.
 
     images:      proxies, uint8 (N, C, H, W)
-    normalise:   makes them the merged network's input; normalise_a, normalise_b: a parent's, where it differs
+    teachers:    the parents, in the order of the merge, each with a name of its own
+    normalise:   makes images the merged network's input, and a teacher's that has none of its own
     heads:       "shared": `module` gives (N, K), its target is the mean of the parents' logits;
-                 "separate": it gives (N, K_a + K_b)
+                 "separate": it gives every parent's outputs side by side
     augment:     (uint8 images, generator) -> uint8 images; None trains on the images as they are
     renew:       (the network as it is, number of the renewal from 1 on) -> new images, uint8 (N, C, H, W), for
                  settings.renewals; a pure function, so that a resumed run gets the same
@@ -112,7 +119,7 @@ def refine(
     state:       what `checkpoint` was given last by a run that was interrupted: the run goes on from there,
                  and on a CPU ends with the same bits as one that was not
     progress:    called with (what there is to say, done, total), in steps, or seconds with settings.minutes
-    The given modules are not changed. Raises InputError for unusable images or settings, NonFinite where a
+    The given modules are not changed. Raises InputError for unusable images, teachers or settings, NonFinite where a
     network returns NaN.
     """
     if settings.renewals and renew is None:
@@ -128,13 +135,10 @@ def refine(
             f"snapshots = {snapshots}: one is taken at a check, so 0 to checks = {settings.checks}"
         )
     device = torch.device(device)
+    _check_teachers(teachers)
     train, held = _divided(images, settings)
-    parents = Parents(
-        _frozen(a, device),
-        _frozen(b, device),
-        normalise_a or normalise,
-        normalise_b or normalise,
-        shared=heads == "shared",
+    parents = Teachers(
+        [_frozen(teacher, device) for teacher in teachers], normalise, shared=heads == "shared"
     )
     judge = _Judge(held, parents, normalise, settings, device)
     learner = Learner(module, settings, device)
@@ -147,7 +151,7 @@ def refine(
     listens = features.to(device) if features is not None and settings.feature_weight else None
     lesson = _Lesson(batches, parents, judge.objective, normalise, settings, device, learner.layout, listens)
     run = _Run(learner, lesson, judge, start, renew, progress, snapshots)
-    identity = {**asdict(settings), "images": list(images.shape), "heads": heads}
+    identity = {**asdict(settings), "images": list(images.shape), "heads": heads, "parents": parents.names}
     if state is not None:
         _check_state(state, identity)
         run.load(state)
@@ -192,8 +196,17 @@ def _divided(images: Tensor, settings: RefineSettings) -> tuple[Tensor, Tensor]:
     return images[train], images[held]
 
 
-def _frozen(parent: nn.Module, device: torch.device) -> nn.Module:
-    return laid_out(copy.deepcopy(parent).to(device)).eval().requires_grad_(False)
+def _check_teachers(teachers: Sequence[Teacher]) -> None:
+    names = [teacher.name for teacher in teachers]
+    if not names or len(set(names)) < len(names):
+        raise InputError(
+            f"teachers are {', '.join(names) or 'none'}: give at least one, each with a name of its own"
+        )
+
+
+def _frozen(teacher: Teacher, device: torch.device) -> Teacher:
+    module = laid_out(copy.deepcopy(teacher.module).to(device)).eval().requires_grad_(False)
+    return replace(teacher, module=module)
 
 
 def _check_state(state: State, identity: Mapping[str, Any]) -> None:
@@ -214,34 +227,36 @@ def _check_state(state: State, identity: Mapping[str, Any]) -> None:
 
 
 class _Judge:
-    """Evidence on the held-out images; the parents answer them once."""
+    """Closeness on the held-out images; the parents answer them once."""
 
     def __init__(
         self,
         held: Tensor,
-        parents: Parents,
+        parents: Teachers,
         normalise: Normalise,
         settings: RefineSettings,
         device: torch.device,
     ) -> None:
         self._parts, self._normalise, self._device = held.split(_AT_ONCE), normalise, device
-        answers = [parents.answers(part.to(device)) for part in self._parts]
-        a, b = (torch.cat([answer[k] for answer in answers]).cpu() for k in (0, 1))
-        if parents.shared and a.shape != b.shape:
+        parts = zip(*(parents.answers(part.to(device)) for part in self._parts), strict=True)
+        answers = {name: torch.cat(part).cpu() for name, part in zip(parents.names, parts, strict=True)}
+        sizes = {name: answer.shape[1] for name, answer in answers.items()}
+        if parents.shared and len(set(sizes.values())) > 1:
+            counts = ", ".join(f"parent {name} {size}" for name, size in sizes.items())
             raise InputError(
-                f"parent A returns {a.shape[1]} outputs and parent B {b.shape[1]}: a shared head needs the "
-                "same labels; with different ones each parent needs its own head (heads: separate)"
+                f"outputs per image: {counts}; a shared head needs the same labels, and with different ones each "
+                "parent needs its own head (heads: separate)"
             )
-        outputs, note = kind_of_outputs((a, b))
+        outputs, note = kind_of_outputs(answers)
         self.notes = [note] if note else []
-        self._target = (a + b) / 2 if parents.shared else torch.cat([a, b], 1)
+        self._target = parents.together(list(answers.values()))
         spread = float(self._target.var(0).mean()) if outputs == "values" else 0.0
-        heads = heads_of((a.shape[1], b.shape[1]), parents.shared)
+        heads = heads_of(sizes, parents.shared)
         self.objective = Objective(heads, outputs, settings, spread or 1.0)
         self.blind = float(self.objective(self._target.mean(0).expand_as(self._target), self._target))
 
     @torch.no_grad()
-    def __call__(self, network: nn.Module) -> Evidence:
+    def __call__(self, network: nn.Module) -> Closeness:
         seen = (laid_out(self._normalise(part.to(self._device))) for part in self._parts)
         output = torch.cat([network(x).float().cpu() for x in seen])
         if output.shape != self._target.shape:
@@ -257,7 +272,7 @@ class _Lesson:
     """The loss of a step."""
 
     batches: Batches
-    parents: Parents
+    parents: Teachers
     objective: Objective
     normalise: Normalise
     settings: RefineSettings
@@ -314,7 +329,7 @@ class _Run:
         learner: Learner,
         lesson: _Lesson,
         judge: _Judge,
-        start: Evidence,
+        start: Closeness,
         renew: Renew | None,
         progress: Progress | None,
         snapshots: int,
@@ -457,10 +472,10 @@ class _Run:
 
     def load(self, state: State) -> None:
         self._learner.load(state)
-        self.best = Evidence(**state["best"])
+        self.best = Closeness(**state["best"])
         self.best_weights = dict(state["best_weights"])
         self.history = [
-            Check(**{**check, "evidence": Evidence(**check["evidence"])}) for check in state["history"]
+            Check(**{**check, "evidence": Closeness(**check["evidence"])}) for check in state["history"]
         ]
         self.notes = list(state["notes"])
         self.snapshots = list(state["snapshots"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -9,32 +11,63 @@ import torch
 from torch import Tensor, nn
 
 import pleas
+from pleas import Evidence, MergeResult, MergeSettings, Plan
 from pleas.errors import InputError
-from pleas.refine import Features, RefineSettings, refine
-from pleas.symmetry import position_maps
+from pleas.refine import Features, RefineSettings, Teacher, refine
+from pleas.symmetry import permute_state, position_maps, random, state_of
 from tests.cases import CASES
-from tests.pleas.test_merge import NAMES, images, outputs, parents, permuted_copy, run
 
+NAMES = sorted(CASES)
 SHORT = RefineSettings(steps=80, batch=16, rate=3e-3, checks=8, holdout=0.25, feature_weight=1.0)
+SETTINGS = MergeSettings(ridge=1e-6, head_ridge=1e-6, positions=256, rows=1000)
 
 
-def features_of(result: pleas.MergeResult, a: nn.Module, b: nn.Module) -> Features:
-    return Features(result.symmetry, result.matching, result.plan, a, b)
+def images(name: str, count: int = 96, seed: int = 5) -> Tensor:
+    shape = CASES[name].shape[1:]
+    return torch.randn((count, *shape), generator=torch.Generator().manual_seed(seed))
+
+
+def parents(name: str, count: int = 2) -> list[nn.Module]:
+    return [CASES[name].model(seed) for seed in range(count)]
+
+
+def permuted_copy(name: str) -> nn.Module:
+    """The first parent with its units in another order."""
+    model = CASES[name].model(0)
+    symmetry = pleas.trace(
+        model, CASES[name].example(), rewrites=()
+    )  # what the module's own tensors can express
+    permutation = random(symmetry, torch.Generator().manual_seed(3))
+    state = permute_state(symmetry, state_of(symmetry.program, model), permutation)
+    model.load_state_dict({key: state.get(key, value) for key, value in model.state_dict().items()})
+    return model
+
+
+def merged(name: str, modules: Sequence[nn.Module], apart: float) -> tuple[MergeResult, Evidence, Plan]:
+    traced = pleas.Parents.of([copy.deepcopy(module) for module in modules], CASES[name].example(), SETTINGS)
+    evidence = pleas.gather(traced, images(name).split(32))
+    plan = pleas.make_plan(evidence, apart=apart)
+    return pleas.assemble(evidence, plan), evidence, plan
+
+
+def outputs(module: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return module(x)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_side_by_side_every_unit_is_on_its_target(name: str) -> None:
     """Nothing fused: the targets are the parents' own activations, which the merged network computes."""
-    a, b = parents(name)
-    result = run(name, a, b, apart=1.0)
-    features, x = features_of(result, a, b), images(name, 6)
+    pair = parents(name)
+    result, evidence, plan = merged(name, pair, apart=1.0)
+    features, x = Features(evidence, plan), images(name, 6)
     answers, targets = features.targets([x, x])
     with torch.no_grad():
         output, found = features.run(result.module, x)
     assert torch.allclose(output, outputs(result.module, x), atol=1e-5)
     assert all(
         torch.allclose(answer, outputs(parent, x), rtol=1e-3, atol=1e-4)
-        for answer, parent in zip(answers, (a, b), strict=True)
+        for answer, parent in zip(answers, pair, strict=True)
     )
     assert 1 <= len(found) == len(targets) <= 4
     assert float(features.distance(found, targets)) < 1e-6
@@ -43,35 +76,41 @@ def test_side_by_side_every_unit_is_on_its_target(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("apart", [0.0, 0.5])
 def test_a_permuted_copy_is_on_its_target_at_every_width(name: str, apart: float) -> None:
-    a, b = parents(name)[0], permuted_copy(name)
-    result = run(name, a, b, apart=apart)
-    features, x = features_of(result, a, b), images(name, 6)
+    result, evidence, plan = merged(name, [parents(name)[0], permuted_copy(name)], apart)
+    features, x = Features(evidence, plan), images(name, 6)
     _, targets = features.targets([x, x])
     with torch.no_grad():
         _, found = features.run(result.module, x)
     assert float(features.distance(found, targets)) < 1e-5
 
 
-def test_a_fused_unit_should_be_the_mean_of_its_two() -> None:
-    """Against the parents' own modules and the matching, without the graph."""
-    a, b = parents("plain")
-    result = run("plain", a, b, apart=0.0)
-    features, x = features_of(result, a, b), images("plain", 6)
-    layer = features.stages[0].layer
+@pytest.mark.parametrize("apart", [0.0, 0.5])
+def test_a_units_target_is_the_mean_over_its_owners(apart: float) -> None:
+    """Three parents, unit by unit, against their own modules and the matching, without the graph."""
+    three = parents("plain", 3)
+    _, evidence, plan = merged("plain", three, apart)
+    features, x = Features(evidence, plan), images("plain", 6)
+    layer, units = features.stages[0].layer, features.stages[0].units
     seen: list[Tensor] = []
-    for parent in (a, b):
+    for parent, alignment in zip(three, evidence.alignments, strict=True):
         handle = parent.get_submodule(layer.name).register_forward_pre_hook(
             lambda _, inputs: seen.append(inputs[0])
         )
         outputs(parent, x)
         handle.remove()
-    own = position_maps(result.symmetry, result.matching)[layer.weight, 1]
-    assert torch.allclose(features.targets([x, x])[1][0], (seen[0] + seen[1][:, own]) / 2, atol=1e-5)
+        own = position_maps(evidence.parents.symmetry, alignment).get((layer.weight, 1))
+        seen[-1] = seen[-1] if own is None else seen[-1][:, own]
+    target = features.targets([x, x, x])[1][0]
+    assert target.shape[1] == units.size
+    for place, mask in enumerate(units.masks.tolist()):
+        mine = [seen[p][:, units.sources[p, place]] for p in range(3) if mask >> p & 1]
+        assert torch.allclose(target[:, place], torch.stack(mine).mean(0), atol=1e-5)
 
 
 def test_a_run_comes_closer_to_the_matched_activations() -> None:
-    a, b = parents("residual")
-    result = run("residual", a, b, apart=0.25)
+    pair = parents("residual")
+    result, evidence, plan = merged("residual", pair, apart=0.25)
+    teachers = [Teacher(name, module) for name, module in zip("ab", pair, strict=True)]
     shape = CASES["residual"].shape[1:]
     pixels = torch.randint(0, 256, (96, *shape), generator=torch.Generator().manual_seed(2)).to(torch.uint8)
 
@@ -79,23 +118,23 @@ def test_a_run_comes_closer_to_the_matched_activations() -> None:
         return images.float() / 64 - 2
 
     def distance(module: nn.Module) -> float:
-        features, x = features_of(result, a, b), normalise(pixels)
+        features, x = Features(evidence, plan), normalise(pixels)
         with torch.no_grad():
             return float(features.distance(features.run(module, x)[1], features.targets([x, x])[1]))
 
     tried = {
         weight: refine(
             result.module,
-            a,
-            b,
+            teachers,
             pixels,
             replace(SHORT, feature_weight=weight),
             normalise=normalise,
-            features=features_of(result, a, b),
-        )
+            features=Features(evidence, plan),
+            snapshots=1,
+        ).snapshots[0]
         for weight in (0.0, 1.0)
     }
-    assert all(one.kept == "refined" for one in tried.values())
+    assert tried[1.0].step == 80
     assert distance(tried[1.0].module) < distance(tried[0.0].module)
     with pytest.raises(InputError, match="which units are matched: give `features`"):
-        refine(result.module, a, b, pixels, SHORT, normalise=normalise)
+        refine(result.module, teachers, pixels, SHORT, normalise=normalise)

@@ -14,16 +14,15 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+import pleas
 from pleas.errors import InputError, NonFinite
 from pleas.layers import CONVOLUTION
 from pleas.module import BlockLayer
-from pleas.refine import Evidence, RefineResult, RefineSettings, refine, shift_and_flip
+from pleas.refine import Closeness, RefineResult, RefineSettings, Teacher, refine, shift_and_flip
 from pleas.refine.distil import Objective, heads_of
 from pleas.refine.learner import training_layout
 from pleas.refine.views import Batches, blend, split_off
-from tests.cases import conv_bn, pooled_head, randomise
-from tests.pleas.test_merge import parents
-from tests.pleas.test_merge import run as merge_case
+from tests.cases import CASES, conv_bn, pooled_head, randomise
 
 SHORT = RefineSettings(steps=30, batch=16, rate=3e-3, checks=5, holdout=0.25)
 
@@ -54,7 +53,8 @@ def run(
     """A run of two parents, from the first of them unless told otherwise."""
     a, b = a or net(1), b or net(2)
     images = options.pop("images", proxies())
-    return refine(module or a, a, b, images, settings, normalise=normalise, **options)
+    teachers = options.pop("teachers", (Teacher("a", a), Teacher("b", b)))
+    return refine(module or a, teachers, images, settings, normalise=normalise, **options)
 
 
 def two_heads(a: nn.Module, b: nn.Module) -> nn.Module:
@@ -90,6 +90,54 @@ def test_comes_closer_to_both_parents(heads: Any) -> None:
     assert [check.step for check in result.history] == [0, 24, 48, 72, 96, 120]
     assert result.steps == 120
     assert result.held_out == 24
+
+
+@pytest.mark.parametrize("heads", ["shared", "separate"])
+def test_three_parents_are_three_teachers(heads: Any) -> None:
+    """Against the loss by hand: of the mean of all logits, or head by head of each parent's own."""
+    networks = [net(seed) for seed in (1, 2, 3)]
+    start = net(4, 4 if heads == "shared" else 12)
+    teachers = [Teacher(name, network) for name, network in zip(("x", "y", "z"), networks, strict=True)]
+    result = run(start, replace(SHORT, steps=120), teachers=teachers, heads=heads)
+    assert result.kept == "refined"
+    assert list(result.refined.agreement) == (["shared"] if heads == "shared" else ["x", "y", "z"])
+    _, held = split_off(96, SHORT.holdout, SHORT.seed)
+    seen = normalise(proxies()[held])
+    with torch.no_grad():
+        answers, output = [network(seen) for network in networks], result.module(seen)
+    targets = [torch.stack(answers).mean(0)] if heads == "shared" else answers
+    parts = [output] if heads == "shared" else output.split(4, 1)
+    pairs = list(zip(parts, targets, strict=True))
+    loss = sum(by_hand(part, target, 1.0) for part, target in pairs) / len(pairs)
+    squared = sum(float((part - target).square().mean()) for part, target in pairs) / len(pairs)
+    assert result.refined.loss == pytest.approx(loss + SHORT.logit_weight * squared, rel=1e-4)
+    for found, (part, target) in zip(result.refined.agreement.values(), pairs, strict=True):
+        assert found == pytest.approx(float((part.argmax(1) == target.argmax(1)).float().mean()))
+
+
+def test_a_teacher_may_see_images_in_its_own_way() -> None:
+    """A network behind its own normalisation, and the same one with that normalisation built in."""
+
+    class Dimmed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = net(2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x / 2)
+
+    own = run(net(3), teachers=[Teacher("a", net(1)), Teacher("b", net(2), lambda x: normalise(x) / 2)])
+    built_in = run(net(3), teachers=[Teacher("a", net(1)), Teacher("b", Dimmed())])
+    assert same(own.module, built_in.module)
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [((), "teachers are none: give at least one"), (("a", "a"), "teachers are a, a: give at least")],
+)
+def test_teachers_need_names_of_their_own(names: tuple[str, ...], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        run(teachers=[Teacher(name, net(1)) for name in names])
 
 
 def test_evidence_is_that_of_the_returned_module() -> None:
@@ -249,7 +297,7 @@ def test_a_state_of_another_run_is_refused() -> None:
         InputError, match=r"belongs to another run \(rate was 0\.003 and is 0\.001; seed was 0 and is 1\)"
     ):
         run(settings=replace(SHORT, rate=1e-3, seed=1), state=states[0])
-    with pytest.raises(InputError, match=r"format 0, this version reads 3: refine afresh"):
+    with pytest.raises(InputError, match=r"format 0, this version reads 4: refine afresh"):
         run(state={**states[0], "format": 0})
 
 
@@ -365,7 +413,8 @@ def test_images_that_are_not_pixels() -> None:
 
 def test_heads_that_do_not_fit() -> None:
     with pytest.raises(
-        InputError, match=r"parent A returns 4 outputs and parent B 3: a shared head needs the same labels"
+        InputError,
+        match=r"outputs per image: parent a 4, parent b 3; a shared head needs the same labels, and with",
     ):
         run(b=net(2, 3))
     with pytest.raises(
@@ -381,7 +430,7 @@ def poisoned(module: nn.Module) -> nn.Module:
 
 
 def test_nan_in_a_parent_or_in_the_start() -> None:
-    with pytest.raises(NonFinite, match=r"parent B returns NaN or infinity on proxy images"):
+    with pytest.raises(NonFinite, match=r"parent b returns NaN or infinity on proxy images"):
         run(b=poisoned(net(2)))
     with pytest.raises(
         NonFinite, match=r"the merged network returns NaN or infinity on proxy images before any refining"
@@ -399,13 +448,13 @@ class Unit(nn.Module):
     [
         (
             lambda module: nn.Sequential(module, nn.Softmax(1)),
-            r"parent A returns numbers that sum to 1 \(probabilities\)",
+            r"parent a returns numbers that sum to 1 \(probabilities\)",
         ),
         (
             lambda module: nn.Sequential(module, Unit()),
-            r"parent A returns vectors of one length \(an embedding\)",
+            r"parent a returns vectors of one length \(an embedding\)",
         ),
-        (None, r"parent A returns one number per image"),
+        (None, r"parent a returns one number per image"),
     ],
 )
 def test_outputs_that_are_no_logits_are_said_and_fitted_as_they_are(
@@ -440,17 +489,17 @@ def test_loss_is_the_mean_over_heads_of_its_formula() -> None:
     heads = [by_hand(output[:, :3], target[:, :3], 2.0), by_hand(output[:, 3:], target[:, 3:], 2.0)]
     error = float((output - target).square().mean())
     expected = sum(heads) / 2 + 0.3 * error + 0.5 * by_hand(output, target, 2.0)
-    objective = Objective(heads_of((3, 2), shared=False), "logits", settings)
+    objective = Objective(heads_of({"a": 3, "b": 2}, shared=False), "logits", settings)
     assert float(objective(output, target)) == pytest.approx(expected, rel=1e-5)
     assert float(objective(target, target)) == pytest.approx(0, abs=1e-6)
 
 
 def test_better_means_closer_than_the_best_and_no_less_in_agreement_than_the_start() -> None:
-    start, best = Evidence(1.0, {"a": 0.5, "b": 0.7}), Evidence(0.8, {"a": 0.9, "b": 0.7})
-    assert Evidence(0.7, {"a": 0.6, "b": 0.6}).better_than(best, start)
-    assert not Evidence(0.7, {"a": 0.5, "b": 0.6}).better_than(best, start)
-    assert not Evidence(0.8, {"a": 0.9, "b": 0.9}).better_than(best, start)
-    assert not Evidence(math.nan, {"a": 0.9, "b": 0.9}).better_than(best, start)
+    start, best = Closeness(1.0, {"a": 0.5, "b": 0.7}), Closeness(0.8, {"a": 0.9, "b": 0.7})
+    assert Closeness(0.7, {"a": 0.6, "b": 0.6}).better_than(best, start)
+    assert not Closeness(0.7, {"a": 0.5, "b": 0.6}).better_than(best, start)
+    assert not Closeness(0.8, {"a": 0.9, "b": 0.9}).better_than(best, start)
+    assert not Closeness(math.nan, {"a": 0.9, "b": 0.9}).better_than(best, start)
 
 
 def test_every_image_comes_once_before_any_comes_again() -> None:
@@ -561,8 +610,10 @@ def test_kernels_that_are_not_trained_do_no_harm() -> None:
 def test_graphs_are_looked_into_for_that_and_blocks_see_to_it_themselves(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    case = CASES["residual"]
+    images = torch.randn((96, *case.shape[1:]), generator=torch.Generator().manual_seed(5)).split(32)
     for apart, expected in ((0.0, torch.contiguous_format), (0.5, torch.channels_last)):
-        merged = merge_case("residual", *parents("residual"), apart=apart).module
+        merged = pleas.merge(case.model(0), case.model(1), images, apart=apart).module
         assert training_layout(merged, torch.device("cpu")) == expected
     layers = [module for module in merged.modules() if isinstance(module, BlockLayer) and module.subsamples]
     assert layers
