@@ -23,6 +23,7 @@ from datafree.images import ImageSet
 from datafree.models import Parent
 from datafree.preprocess import Preprocess
 
+Labels = Literal["shared", "separate"]
 JOINT = "joint"  # the key of the accuracy among the outputs of all heads
 
 
@@ -50,7 +51,7 @@ class Group:
     """
 
     name: str
-    labels: Literal["shared", "separate"]
+    labels: Labels
     load_parents: Mapping[str, Callable[[str], Parent]]
     load_tasks: tuple[Callable[[], Task], ...]
     load_real: Callable[[], np.ndarray]
