@@ -12,15 +12,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from benchmarks.pairs.data import PROJECT, read
-from benchmarks.pairs.small_resnet import SmallResNet, small_resnet
 from datafree.models import Parent, ParentSpec, load_parent
 from datafree.preprocess import Preprocess, PreprocessSpec
+from datafree.references import build_model
 from datafree.seeds import derive_seed
-from datafree.store import Store, cache_folder, content_hash
+from datafree.store import DamagedStage, Store, cache_folder, content_hash
 
 STAGE = "pairs"  # the experts' folder in the cache
 VERSION = 1  # raised whenever the code below would train other weights from the same settings
@@ -30,7 +30,9 @@ VERSION = 1  # raised whenever the code below would train other weights from the
 class Expert:
     """Settings of one expert; together with VERSION they decide its weights.
 
-    file, key: of the training images in DATAFREE_DATA    side: of the network's input, in pixels
+    file, key: of the training images in DATAFREE_DATA    classes: their names, in the order of the outputs
+    network:   a function `num_classes -> module` in `benchmarks`, its head called `linear`
+    side:      of the network's input, in pixels
     base:      the expert whose weights, but for the head, training starts from; None: random ones
     reach:     largest random shift, in pixels    mirror: half of the images are mirrored
     """
@@ -38,8 +40,11 @@ class Expert:
     file: str
     key: str
     seed: int
-    classes: int = 10
+    classes: tuple[str, ...]
+    network: str = "pairs.small_resnet:small_resnet"
     side: int = 32
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
     base: Expert | None = None
     epochs: int = 10
     batch: int = 64
@@ -54,47 +59,53 @@ class Expert:
     def __call__(self, name: str) -> Parent:
         """The parent of that name, from the cache or trained and kept there."""
         spec = ParentSpec(
-            model="python:benchmarks.pairs.small_resnet:small_resnet",
-            arguments={"num_classes": self.classes},
+            model=self.reference,
+            arguments={"num_classes": len(self.classes)},
             weights=str(weights(self)),
-            preprocess=self.preprocess(),
+            preprocess=PreprocessSpec(size=self.side, mean=self.mean, std=self.std),
+            classes=self.classes,
         )
         return load_parent(spec, name, PROJECT)
 
-    def preprocess(self) -> PreprocessSpec:
-        return PreprocessSpec(size=self.side, mean=(0.5,) * 3, std=(0.5,) * 3)
+    @property
+    def reference(self) -> str:
+        """The network as a recipe would name it."""
+        return f"python:benchmarks.{self.network}"
 
 
 def weights(expert: Expert) -> Path:
     """The expert's safetensors file in the cache; it is trained if there is none.
 
-    Raises DamagedStage for a file that is not what was written, and RunError when the cache cannot be written.
+    Raises RunError when the cache cannot be written.
     """
     store = Store(cache_folder())
     key = content_hash({}, json.dumps(asdict(expert) | {"version": VERSION}, sort_keys=True))
-    if store.read(STAGE, key) is None:
+    try:
+        kept = store.read(STAGE, key)
+    except DamagedStage as error:
+        print(f"an expert is trained again: {error}", flush=True)
+        kept = None
+    if kept is None:
         started = time.perf_counter()
         store.write(STAGE, key, trained(expert).state_dict(), str(expert))
         print(f"trained an expert on {expert}: {time.perf_counter() - started:.0f} s", flush=True)
     return store.path(STAGE, key)
 
 
-def trained(expert: Expert) -> SmallResNet:
+def trained(expert: Expert) -> nn.Module:
     """The network that the settings give, in evaluation mode."""
     images, labels = read(expert.file, expert.key, expert.side)
     assert labels is not None
-    size = (expert.side, expert.side)
-    pixels = Preprocess(size, (0.5,) * 3, (0.5,) * 3)(torch.from_numpy(images))
+    preprocess = Preprocess((expert.side, expert.side), expert.mean, expert.std)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(expert.seed, "pairs", expert.file, expert.key))
-            model = small_resnet(expert.classes)
+            model = build_model(expert.reference, {"num_classes": len(expert.classes)}, PROJECT)
             if expert.base is not None:
-                body = trained_body(expert.base)
-                model.load_state_dict(model.state_dict() | body)
-            fit(model, pixels, torch.from_numpy(labels), expert)
+                model.load_state_dict(model.state_dict() | trained_body(expert.base))
+            fit(model, preprocess(torch.from_numpy(images)), torch.from_numpy(labels), expert)
     finally:
         torch.set_num_threads(threads)
     return model.eval()
@@ -106,7 +117,7 @@ def trained_body(expert: Expert) -> dict[str, Tensor]:
     return {name: value for name, value in state.items() if not name.startswith("linear.")}
 
 
-def fit(model: SmallResNet, pixels: Tensor, targets: Tensor, expert: Expert) -> None:
+def fit(model: nn.Module, pixels: Tensor, targets: Tensor, expert: Expert) -> None:
     """SGD with Nesterov momentum, one cosine cycle with warm-up."""
     steps = len(pixels) // expert.batch
     optimiser = torch.optim.SGD(

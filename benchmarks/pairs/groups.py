@@ -23,8 +23,17 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CIFAR = PreprocessSpec(size=32, mean=MEAN, std=STD)
 IMAGENET = PreprocessSpec(size=224, mean=MEAN, std=STD)
 
+CIFAR_CLASSES = (
+    *("airplane", "automobile", "bird", "cat", "deer"),
+    *("dog", "frog", "horse", "ship", "truck"),
+)
+DIGIT_CLASSES = tuple("0123456789")
+PACS_CLASSES = ("dog", "elephant", "giraffe", "guitar", "horse", "house", "person")
 
-def published(model: str, file: str, preprocess: PreprocessSpec, outputs: int) -> Callable[[str], Parent]:
+
+def published(
+    model: str, file: str, preprocess: PreprocessSpec, outputs: int, classes: tuple[str, ...] | None = None
+) -> Callable[[str], Parent]:
     """A checkpoint of DATAFREE_DATA in a network of ours; model: as in a recipe, without `python:benchmarks.`."""
 
     def load(name: str) -> Parent:
@@ -33,14 +42,15 @@ def published(model: str, file: str, preprocess: PreprocessSpec, outputs: int) -
             arguments={"num_classes": outputs},
             weights=str(data.data_folder() / "checkpoints" / file),
             preprocess=preprocess,
+            classes=classes,
         )
         return load_parent(spec, name, data.PROJECT)
 
     return load
 
 
-def resnet(file: str, outputs: int = 10, depth: int = 20) -> Callable[[str], Parent]:
-    return published(f"cifar_resnet:resnet{depth}", file, CIFAR, outputs)
+def resnet(file: str, classes: tuple[str, ...] = CIFAR_CLASSES, depth: int = 20) -> Callable[[str], Parent]:
+    return published(f"cifar_resnet:resnet{depth}", file, CIFAR, len(classes), classes)
 
 
 def mobilenet(file: str) -> Callable[[str], Parent]:
@@ -69,7 +79,14 @@ def pacs(name: str, *domains: str, base: Expert | None = None) -> Group:
 
 def pacs_expert(domain: str, base: Expert | None) -> Expert:
     settings = Expert(
-        "pacs64", f"{domain}_x_train", PACS_SEEDS[domain], classes=7, side=64, batch=32, reach=4, mirror=True
+        "pacs64",
+        f"{domain}_x_train",
+        PACS_SEEDS[domain],
+        PACS_CLASSES,
+        side=64,
+        batch=32,
+        reach=4,
+        mirror=True,
     )
     if base is None:
         return replace(settings, epochs=40)
@@ -104,12 +121,25 @@ _DANSUN = resnet("dansun18_run_8-1_resnet20.th")
 _ZHENGJIAKUN = resnet("zhengjiakun_resnet20.th")
 
 DIGITS = {
-    "mnist": Expert("mnist", "x_train", seed=1, epochs=3),
-    "usps": Expert("usps", "x_train", seed=2, epochs=5),
-    "mnistm": Expert("mnistm", "x_train", seed=3, epochs=8),
+    "mnist": Expert("mnist", "x_train", 1, DIGIT_CLASSES, epochs=3),
+    "usps": Expert("usps", "x_train", 2, DIGIT_CLASSES, epochs=5),
+    "mnistm": Expert("mnistm", "x_train", 3, DIGIT_CLASSES, epochs=8),
 }
 PACS_SEEDS = {"photo": 11, "art_painting": 12, "cartoon": 13, "sketch": 14}
-PACS_BASE = Expert("cifar100", "x_train", seed=10, classes=100, side=64, epochs=10, reach=4, mirror=True)
+PACS_BASE = Expert(
+    "cifar100", "x_train", 10, tuple(map(str, range(100))), side=64, epochs=10, reach=4, mirror=True
+)
+_HALVES = {
+    "half0": resnet("cifar10_half0_resnet20.safetensors", CIFAR_CLASSES[:5]),
+    "half1": resnet("cifar10_half1_resnet20.safetensors", CIFAR_CLASSES[5:]),
+}
+_HALVES_TASKS = (
+    npz_task("classes 0-4", "cifar10", 32, "half0", last=4),
+    npz_task("classes 5-9", "cifar10", 32, "half1", first=5),
+)
+_DIGITS_RESNET20 = Expert(  # beside the halves: the same network, other labels
+    "mnistm", "x_train", 4, DIGIT_CLASSES, "cifar_resnet:resnet20", mean=MEAN, std=STD, epochs=4
+)
 
 PAIRS: dict[str, Group] = {
     group.name: group
@@ -122,18 +152,13 @@ PAIRS: dict[str, Group] = {
             akamaster=resnet("akamaster_resnet56.th", depth=56),
             dansun=resnet("dansun18_run_6-3_resnet56.th", depth=56),
         ),
+        Group("halves", "separate", _HALVES, _HALVES_TASKS, _CIFAR_REAL, _PHOTOGRAPHS),
         Group(
-            "halves",
+            "halves_digits",
             "separate",
-            {
-                "half0": resnet("cifar10_half0_resnet20.safetensors", 5),
-                "half1": resnet("cifar10_half1_resnet20.safetensors", 5),
-            },
-            (
-                npz_task("classes 0-4", "cifar10", 32, "half0", last=4),
-                npz_task("classes 5-9", "cifar10", 32, "half1", first=5),
-            ),
-            _CIFAR_REAL,
+            _HALVES | {"digits": _DIGITS_RESNET20},
+            (*_HALVES_TASKS, npz_task("digits", "mnistm", 32, "digits")),
+            training_images(["cifar10", "mnistm"], 32),
             _PHOTOGRAPHS,
         ),
         Group(
