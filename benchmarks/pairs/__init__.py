@@ -1,7 +1,7 @@
 """Groups of two or more networks to merge, each with what judges it: `PAIRS`, a name -> `Group`.
 
     group = PAIRS["mnist_usps"]
-    merged = pleas.merge(*group.modules, group.inputs(group.public_images, 64), ...)
+    merged = pleas.merge(*group.modules, group.inputs(group.public_images), budget=1.25)
     accuracy(merged.module, group)     # {"mnist": 0.93, "usps": 0.95}
 
 Nothing is read, trained or kept in memory before it is asked for. `python -m benchmarks.pairs` prints the parents', the

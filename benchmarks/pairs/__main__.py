@@ -35,7 +35,8 @@ def facts(group: Group) -> str:
         parent.name: own_tasks(group, parent.name, accuracy(parent.module, group)) for parent in group.parents
     }
     scores["ensemble"] = accuracy(Ensemble(group), group)
-    scores["plain average"] = accuracy(plain_average(group), group)
+    if len({parent.outputs for parent in group.parents}) == 1:
+        scores["plain average"] = accuracy(plain_average(group), group)
     tasks = [task.name for task in group.tasks]
     keys = [*tasks, "joint"] if group.labels == "separate" else tasks
     rows = [

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from benchmarks.pairs.group import Task
 from datafree.errors import UsageError
-from datafree.images import ImageSpec, load_images
+from datafree.images import DigitsSpec, ImageSpec, load_images
 from datafree.preprocess import match_channels
 from datafree.seeds import derive_seed
 from datafree.spec import DATA_VARIABLE
@@ -67,14 +67,14 @@ def npz_task(
     side: int,
     expert: str | None = None,
     *,
-    domain: str = "",
+    prefix: str = "",
     first: int = 0,
     last: int | None = None,
 ) -> Callable[[], Task]:
     """The test split of an .npz as a task; classes from `first` to `last` alone, counted from `first`."""
 
     def load() -> Task:
-        images, labels = read(file, f"{domain}x_test", side)
+        images, labels = read(file, f"{prefix}x_test", side)
         assert labels is not None
         chosen = (labels >= first) & (labels <= (labels.max() if last is None else last))
         return Task(name, images[chosen], labels[chosen] - first, expert)
@@ -87,14 +87,34 @@ def photographs_task() -> Task:
     return Task("imagenet", images, labels, None)
 
 
-def training_images(files: Sequence[str], side: int, prefix: str = "") -> Callable[[], np.ndarray]:
-    """The training splits of several .npz, as many of each, in turn, in seeded order.
+def real_photographs() -> np.ndarray:
+    return photographs("proxies")[0]
 
-    files: of the .npz; where there is one file of many domains, the domains, and `prefix` is the file
+
+def digits_task(name: str, expert: str | None, digits: tuple[int, ...]) -> Callable[[], Task]:
+    """The test split of scikit-learn's digits, 8 x 8 and grey; only `digits`, counted from the first of them."""
+
+    def load() -> Task:
+        found = load_images(ImageSpec(digits=DigitsSpec(split="test"), keep_labels=digits), PROJECT)
+        assert found.labels is not None
+        return Task(name, found.batch(range(len(found))).numpy(), found.labels - digits[0], expert)
+
+    return load
+
+
+def digits_training() -> np.ndarray:
+    found = load_images(ImageSpec(digits=DigitsSpec(split="train")), PROJECT)
+    return found.batch(range(len(found))).numpy()
+
+
+def training_images(domains: Sequence[str], side: int, file: str = "") -> Callable[[], np.ndarray]:
+    """The training images of several domains, as many of each, in turn, in seeded order.
+
+    domains: files of their own, or what their arrays in the one `file` begin with
     """
 
     def load() -> np.ndarray:
-        places = [(prefix, f"{name}_x_train") if prefix else (name, "x_train") for name in files]
+        places = [(file, f"{name}_x_train") if file else (name, "x_train") for name in domains]
         return mixed([read(*place, side)[0] for place in places])
 
     return load

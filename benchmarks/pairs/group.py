@@ -23,6 +23,7 @@ from datafree.images import ImageSet
 from datafree.models import Parent
 from datafree.preprocess import Preprocess
 
+Labels = Literal["shared", "separate"]
 JOINT = "joint"  # the key of the accuracy among the outputs of all heads
 
 
@@ -50,7 +51,7 @@ class Group:
     """
 
     name: str
-    labels: Literal["shared", "separate"]
+    labels: Labels
     load_parents: Mapping[str, Callable[[str], Parent]]
     load_tasks: tuple[Callable[[], Task], ...]
     load_real: Callable[[], np.ndarray]
@@ -117,10 +118,17 @@ class Ensemble(nn.Module):
 
 
 def plain_average(group: Group) -> nn.Module:
-    """The mean of all parents' weights, unit by unit as they come; separate labels leave it one head."""
-    first, *others = group.modules
-    merged = copy.deepcopy(first)
-    states = [first.state_dict(), *(other.state_dict() for other in others)]
+    """The mean of all parents' weights, unit by unit as they come; separate labels leave it one head.
+
+    Raises UsageError where the parents' heads differ in size.
+    """
+    if len({parent.outputs for parent in group.parents}) > 1:
+        found = ", ".join(f"{parent.name} {parent.outputs}" for parent in group.parents)
+        raise UsageError(
+            f"group {group.name}: heads of different sizes have no average ({found}): average the parents without them"
+        )
+    merged = copy.deepcopy(group.modules[0])
+    states = [module.state_dict() for module in group.modules]
     mean = {
         name: torch.stack([state[name] for state in states]).mean(0) if value.is_floating_point() else value
         for name, value in states[0].items()
@@ -157,13 +165,16 @@ def average(scores: Mapping[str, float]) -> float:
 def _head(group: Group, task: Task, outputs: int) -> slice:
     """The columns that answer a task."""
     heads = group.heads
-    sizes = {head.stop - head.start for head in heads.values()}
-    if len(sizes) == 1 and outputs in sizes:
-        return slice(0, outputs)
-    if group.labels == "separate" and outputs == max(head.stop for head in heads.values()):
+    sizes, whole = (
+        {head.stop - head.start for head in heads.values()},
+        max(head.stop for head in heads.values()),
+    )
+    if group.labels == "separate" and outputs == whole:
         assert task.expert is not None, f"{group.name}, {task.name}: separate labels need an expert"
         return heads[task.expert]
-    wanted = " or ".join(str(size) for size in sorted({*sizes, max(h.stop for h in heads.values())}))
+    if outputs in sizes:
+        return slice(0, outputs)
+    wanted = " or ".join(map(str, sorted({*sizes, whole})))
     raise UsageError(
         f"group {group.name}: the network returns {outputs} numbers per image and {wanted} are needed, one head or "
         "those of all parents side by side"

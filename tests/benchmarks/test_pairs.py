@@ -35,11 +35,13 @@ class Always(nn.Module):
         return self.logits.expand(len(x), -1)
 
 
-def group_of(labels: Literal["shared", "separate"], *networks: nn.Module) -> Group:
+def group_of(labels: Literal["shared", "separate"], *networks: Always) -> Group:
     """Networks of two classes; task number i, of parent i, is three images of classes 0, 1, 1."""
 
-    def loader(network: nn.Module) -> Callable[[str], Parent]:
-        return lambda name: Parent(name, network.eval(), PREPROCESS, 2, None, "", {}, None, "")
+    def loader(network: Always) -> Callable[[str], Parent]:
+        return lambda name: Parent(
+            name, network.eval(), PREPROCESS, network.logits.numel(), None, "", {}, None, ""
+        )
 
     names = [f"p{number}" for number in range(len(networks))]
     images = np.zeros((3, 1, 2, 2), np.uint8)
@@ -51,6 +53,19 @@ def group_of(labels: Literal["shared", "separate"], *networks: nn.Module) -> Gro
         lambda: images,
         lambda: images,
     )
+
+
+def test_heads_of_different_sizes_stand_side_by_side_and_have_no_average() -> None:
+    group = group_of("separate", Always(3, 0), Always(0, 1, 7))
+    assert group.heads == {"p0": slice(0, 2), "p1": slice(2, 5)}
+    scores = accuracy(Ensemble(group), group)
+    assert scores == pytest.approx({"of p0": 1 / 3, "of p1": 0, "joint": 0})
+    assert accuracy(group.modules[1], group)["of p1"] == 0
+    message = (
+        "group toy: heads of different sizes have no average (p0 2, p1 3): average the parents without them"
+    )
+    with pytest.raises(UsageError, match=re.escape(message)):
+        plain_average(group)
 
 
 @pytest.fixture
