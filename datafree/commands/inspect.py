@@ -70,7 +70,7 @@ def _artefact(folder: Path, as_json: bool) -> str:
 
 def _from_recipe(recipe: str) -> tuple[nn.Module, torch.Tensor]:
     parents = load_parents(begin(load_recipe(recipe), "cpu"), probe=True)
-    return parents.a.module, parents.example
+    return parents.first.module, parents.example
 
 
 def _from_reference(

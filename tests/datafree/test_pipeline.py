@@ -72,7 +72,7 @@ def test_every_network_is_compared(outcome: Outcome) -> None:
         "merged, budget 1", "merged, budget 1.4", "oracle, budget 1", "oracle, budget 1.4",
     ]  # fmt: skip
     metrics = json.loads((outcome.folder / "metrics.json").read_text())
-    assert [row["name"] for row in metrics["rows"]] == [row.name for row in outcome.results.rows]
+    assert [row["name"] for row in metrics["rows"]] == [row.title for row in outcome.results.rows]
     assert set(metrics["rows"][0]["tasks"]) == {"upright", "rotated"}
     assert all(0 <= row["average"] <= 1 for row in metrics["rows"])
     by_label = {row.label: row for row in outcome.results.rows}
@@ -188,7 +188,7 @@ def test_separate_labels_give_one_head_per_parent(own_tiny: Tiny, tmp_path: Path
     artefact = datafree.load(out.artefacts[0])
     assert [head.outputs for head in artefact.heads] == [10, 5]
     assert artefact.module(torch.zeros(2, 1, 8, 8)).shape == (2, 15)
-    rows = {row.name: row for row in out.results.rows}
+    rows = {row.title: row for row in out.results.rows}
     assert [score.task for score in rows["parent a"].evaluation.tasks] == ["upright"]
     assert rows["merged"].evaluation.joint is not None
     assert "joint" in (out.folder / "report.html").read_text()

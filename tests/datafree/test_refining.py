@@ -28,7 +28,7 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tiny:
 
 def test_refined_networks_are_rows_and_artefacts_of_their_own(tiny: Tiny, tmp_path: Path) -> None:
     outcome = run(tiny.load(*REFINE), tmp_path / "out")
-    names = [row.name for row in outcome.results.rows]
+    names = [row.title for row in outcome.results.rows]
     assert names.count("merged") == names.count("refined") == 2
     record = json.loads((tmp_path / "out" / "run.json").read_text())
     assert set(record["refine"]) == {"budget 1", "budget 1.4"}
@@ -108,10 +108,10 @@ def test_a_network_that_is_its_parents_already_is_left_as_it_is(tiny: Tiny, tmp_
     outcome = run(tiny.load(*REFINE, "merge.budgets=[1.0, 2.0]"), tmp_path / "out")
     record = json.loads((tmp_path / "out" / "run.json").read_text())
     assert set(record["refine"]) == {"budget 1"}
-    apart = [row for row in outcome.results.rows if row.name == "refined" and row.note]
+    apart = [row for row in outcome.results.rows if row.title == "refined" and row.note]
     assert len(apart) == 1
     assert "budget 2: it already computes what its parents do" in apart[0].note
-    merged = next(row for row in outcome.results.rows if row.name == "merged" and row.point == apart[0].point)
+    merged = next(row for row in outcome.results.rows if row.title == "merged" and row.point == apart[0].point)
     assert merged.evaluation == apart[0].evaluation
 
 
