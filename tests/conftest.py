@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
@@ -13,6 +14,9 @@ from datafree.spec import DATA_VARIABLE
 from datafree.store import CACHE_VARIABLE
 
 PROJECT = Path(__file__).resolve().parent.parent
+
+hypothesis.settings.register_profile("any machine", deadline=None)  # how long an example takes proves nothing
+hypothesis.settings.load_profile("any machine")
 
 
 @pytest.fixture(scope="session", autouse=True)

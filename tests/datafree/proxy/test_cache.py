@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -84,7 +85,7 @@ def test_a_damaged_shard_is_named_and_made_again(folder: ShardFolder, damage: st
     make = Counting()
     mended, notes = folder.fill(2 * SHARD, make, quiet)
     assert make.asked == [1]
-    assert mended == files
+    assert [replace(file, seconds=0.0) for file in mended] == [replace(file, seconds=0.0) for file in files]
     assert notes == [f"rebuilt {path}: it does not have the sha256 its manifest lists"]
 
 
