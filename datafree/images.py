@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import hashlib
 import inspect
-import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,8 +20,10 @@ import torch
 from torch import Tensor
 
 from datafree import image_files, tars
+from datafree.arrays import open_arrays
 from datafree.errors import UsageError
-from datafree.image_files import FileImages, Framing
+from datafree.image_files import MOST_LABEL, FileImages, Framing
+from datafree.preprocess import MOST_SIDE
 from datafree.seeds import derive_seed
 from datafree.spec import Spec, resolve_path
 
@@ -71,6 +72,9 @@ class ImageSpec(Spec):
 
     @pydantic.model_validator(mode="after")
     def _one_source(self) -> ImageSpec:
+        sides = (self.size,) if isinstance(self.size, int) else self.size or (1,)
+        if not all(1 <= side <= MOST_SIDE for side in sides):
+            raise ValueError(f"size is {self.size}: give height and width in pixels, from 1 to {MOST_SIDE:,}")
         given = [key for key in SOURCES if getattr(self, key) is not None]
         if len(given) != 1:
             found = f"{' and '.join(given)} are given" if given else "none is given"
@@ -208,39 +212,24 @@ def digits(spec: DigitsSpec) -> ImageSet:
 
 
 def _npz(spec: ImageSpec, path: Path) -> ImageSet:
-    if not path.is_file():
-        raise UsageError(f"image file {path} does not exist")
-    try:
-        stored: Any = np.load(path, allow_pickle=False)
-        if isinstance(stored, np.ndarray):
-            raise UsageError(
-                f"{path} holds a single array: save images and labels with np.savez(x_test=..., y_test=...)"
-            )
-        with stored:
-            x = _array(stored, spec.x, path)
-            y_name = spec.y if spec.y is not None else _label_key(spec.x, stored.files)
-            y = None if y_name is None else _array(stored, y_name, path)
-            names = _array(stored, "classes", path) if "classes" in stored.files else None
-    except (ValueError, zipfile.BadZipFile, EOFError, OSError) as error:
-        pickled = "allow_pickle" in str(error)
-        what = (
-            "holds pickled Python objects, which are not read"
-            if pickled
-            else f"cannot be read as .npz ({error})"
-        )
-        raise UsageError(f"image file {path} {what}: save plain arrays with np.savez") from error
+    with open_arrays(path) as arrays:
+        x = arrays.read(spec.x)
+        y_name = spec.y if spec.y is not None else _label_key(spec.x, arrays.names)
+        y = None if y_name is None else arrays.read(y_name)
+        names = arrays.read("classes") if "classes" in arrays.names and y is not None else None
     images = _channels_first(x, f"{path}, key {spec.x!r}")
     labels = None if y is None else _labels(y, len(images), f"{path}, key {y_name!r}")
-    classes = tuple(str(name) for name in names) if names is not None and labels is not None else None
+    classes = None if names is None or labels is None else _classes(names, labels, path)
     return ImageSet(f"{path.name} ({spec.x})", images, labels, classes)
 
 
-def _array(stored: Any, key: str, path: Path) -> np.ndarray:
-    if key not in stored.files:
-        near = difflib.get_close_matches(key, stored.files, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise UsageError(f"{path} has no array {key!r}; it has {', '.join(stored.files)}{hint}")
-    return stored[key]
+def _classes(names: np.ndarray, labels: np.ndarray, path: Path) -> tuple[str, ...]:
+    if names.ndim != 1 or names.dtype.kind not in "USiu" or len(names) <= labels.max():
+        raise UsageError(
+            f"{path}, key 'classes': names are {names.dtype} of shape {names.shape}; one text per class is needed, and "
+            f"the largest label is {labels.max()}"
+        )
+    return tuple(str(name) for name in names)
 
 
 def _label_key(x: str, keys: Sequence[str]) -> str | None:
@@ -255,7 +244,7 @@ def _channels_first(x: np.ndarray, where: str) -> np.ndarray:
         raise UsageError(
             f"{where}: images are {x.dtype}, uint8 from 0 to 255 is needed; convert them once and save again"
         )
-    if len(x) == 0:
+    if x.ndim and x.size == 0:
         raise UsageError(f"{where}: there is no image in the array")
     if x.ndim == 3:
         return x[:, None]
@@ -274,6 +263,10 @@ def _labels(y: np.ndarray, count: int, where: str) -> np.ndarray:
             f"{where}: labels are {y.dtype} of shape {y.shape}; {count} integers from 0 are needed, one per "
             "image"
         )
+    if y.max() > MOST_LABEL:
+        raise UsageError(
+            f"{where}: the largest label is {y.max()}; a label is the number of an output, at most {MOST_LABEL:,}"
+        )
     return y.astype(np.int64)
 
 
@@ -284,6 +277,7 @@ def _folder(spec: ImageSpec, folder: Path, verify: bool) -> ImageSet:
     sound = [header for header in headers if header is not None]
     size = spec.size if spec.size is not None else image_files.frame_of(sound, folder)
     framing = Framing((size, size) if isinstance(size, int) else size, spec.crop, spec.interpolation)
+    broken |= image_files.find_strips(listing.paths, headers, framing)
     channels = 1 if all(header.grey for header in sound) else 3
     files = FileImages([path for path in listing.paths if path not in broken], channels, framing)
     if verify:
