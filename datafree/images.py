@@ -23,6 +23,7 @@ from datafree import image_files, tars
 from datafree.arrays import open_arrays
 from datafree.errors import UsageError
 from datafree.image_files import MOST_LABEL, FileImages, Framing
+from datafree.labels import LabelsSpec, find_labels, name_classes
 from datafree.preprocess import MOST_SIDE
 from datafree.seeds import derive_seed
 from datafree.spec import Spec, resolve_path
@@ -47,6 +48,8 @@ class ImageSpec(Spec):
     """Where images come from, and which of them.
 
     folder:      flat, or one subfolder per class; `size`, `crop`, `interpolation` frame unequal images
+    labels:      of a folder's images, where its subfolders are not all classes in order: see `datafree.labels`, for
+                 example {pattern: '(\\d+)\\.jpg'}, {file: classes.csv}, {map: {n01440764: 0}}
     npz:         arrays `x` (uint8; N,H,W or N,H,W,C or N,C,H,W) and `y` (default: x's name with y for x)
     webdataset:  tars, `folder/part-{000..012}.tar`, read into memory; needs datafree[webdataset]
     torchvision: name of a dataset that lies under `root`, with its `split`
@@ -55,6 +58,7 @@ class ImageSpec(Spec):
     """
 
     folder: str | None = None
+    labels: LabelsSpec | None = None
     npz: str | None = None
     webdataset: str | None = None
     torchvision: str | None = None
@@ -83,6 +87,8 @@ class ImageSpec(Spec):
             raise ValueError(
                 "torchvision needs `root: FOLDER`, where the dataset lies on disk; nothing is downloaded"
             )
+        if self.labels is not None and self.folder is None:
+            raise ValueError(f"labels are for images of a `folder`; {given[0]} brings its own")
         if self.keep_labels is not None and not self.keep_labels:
             raise ValueError("keep_labels is empty: name at least one label, or leave the key out")
         return self
@@ -168,7 +174,7 @@ def _read(spec: ImageSpec, base: Path, verify: bool) -> ImageSet:
     if spec.torchvision is not None:
         return _torchvision(spec, spec.torchvision, resolve_path(spec.root or "", base))
     assert spec.folder is not None
-    return _folder(spec, resolve_path(spec.folder, base), verify)
+    return _folder(spec, resolve_path(spec.folder, base), base, verify)
 
 
 def _kept(name: str, known: np.ndarray | None, labels: tuple[int, ...]) -> np.ndarray:
@@ -270,8 +276,12 @@ def _labels(y: np.ndarray, count: int, where: str) -> np.ndarray:
     return y.astype(np.int64)
 
 
-def _folder(spec: ImageSpec, folder: Path, verify: bool) -> ImageSet:
+def _folder(spec: ImageSpec, folder: Path, base: Path, verify: bool) -> ImageSet:
     listing = image_files.list_folder(folder)
+    known, classes = listing.labels, listing.classes
+    if spec.labels is not None:
+        known = find_labels(spec.labels, base, folder, listing.paths)
+        classes = name_classes(known, folder, listing.paths)
     headers, broken = image_files.read_headers(listing.paths)
     image_files.judge_broken(broken, len(listing.paths), folder)
     sound = [header for header in headers if header is not None]
@@ -285,8 +295,8 @@ def _folder(spec: ImageSpec, folder: Path, verify: bool) -> ImageSet:
     note = image_files.judge_broken(broken, len(listing.paths), folder)
     kept = np.array([index for index, path in enumerate(listing.paths) if path not in broken], dtype=np.int64)
     images = FileImages([listing.paths[int(index)] for index in kept], channels, framing)
-    labels = None if listing.labels is None else listing.labels[kept]
-    return ImageSet(folder.name, images, labels, listing.classes, (note,) if note else ())
+    labels = None if known is None else known[kept]
+    return ImageSet(folder.name, images, labels, classes, (note,) if note else ())
 
 
 def _webdataset(spec: ImageSpec, pattern: str, base: Path) -> ImageSet:
