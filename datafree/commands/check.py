@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import click
 import numpy as np
 
-from datafree.evaluate import Task
+import pleas
+from datafree.errors import DatafreeError, UsageError
+from datafree.evaluate import Task, check_tasks, load_task, merged_columns
+from datafree.models import ParentSpec, load_parent
 from datafree.progress import StageProgress
 from datafree.proxy import SHARD, Source, SourceSpec, check_proxies
 from datafree.recipe import load_recipe
@@ -24,10 +29,10 @@ from datafree.stages import (
     check_rows,
     load_oracle,
     load_parents,
-    load_tasks,
     refuse_leak,
     trace_symmetry,
 )
+from datafree.tables import output_width, wrapped
 
 MOST_IMAGES = 5000  # of a source or of a task's files, hashed for the leak check; a merge compares all
 
@@ -35,55 +40,136 @@ Bound = list[tuple[SourceSpec, Source, int]]
 
 
 def run(recipe: str, settings: Sequence[str], device: str, as_json: bool) -> None:
-    work = begin(load_recipe(recipe, settings), device, StageProgress())
-    lines = []
-    for part, said in checks(work):
-        lines.append({"part": part, "found": said})
-        if not as_json:
-            click.echo(f"ok  {part:<10} {said}")
-    notes = list(dict.fromkeys(work.progress.notes))
+    lines: list[dict[str, str]] = []
+    faults = Faults()
+    notes: list[str] = []
+    try:
+        with faults.collected():
+            work = begin(load_recipe(recipe, settings), device, StageProgress())
+            for part, said in checks(work, faults):
+                lines.append({"part": part, "found": said})
+                if not as_json:
+                    click.echo(wrapped(f"ok  {part:<10} {said}", output_width()))
+            notes = list(dict.fromkeys(work.progress.notes))
+        faults.raise_all()
+    except DatafreeError as error:
+        if as_json:
+            errors = [_located(line) for line in str(error).splitlines()]
+            click.echo(json_text({"ok": False, "errors": errors, "checks": lines, "notes": notes}), nl=False)
+        raise
     if as_json:
-        click.echo(json_text({"ok": True, "checks": lines, "notes": notes}), nl=False)
+        click.echo(json_text({"ok": True, "errors": [], "checks": lines, "notes": notes}), nl=False)
         return
     for note in notes:
-        click.echo(f"note: {note}")
+        click.echo(wrapped(f"note: {note}", output_width()))
     changes = "".join(f" --set {shlex.quote(change)}" for change in settings)
     click.echo(f"{recipe} is ready: datafree merge {recipe}{changes} -o OUT")
 
 
-def checks(work: Work) -> Iterator[tuple[str, str]]:
-    """Each part that was checked and what was found there; the first mistake raises UsageError."""
+class Faults:
+    """The mistakes found so far, each once; a check goes on with whatever does not depend on them."""
+
+    def __init__(self) -> None:
+        self.messages: dict[str, None] = {}
+
+    @contextmanager
+    def collected(self) -> Iterator[None]:
+        """A mistake of the caller ends the block and is remembered; what else is raised is not held up."""
+        try:
+            yield
+        except (UsageError, pleas.InputError) as error:
+            self.messages[str(error)] = None
+
+    def raise_all(self) -> None:
+        """Raises UsageError that lists them, one a line, if there are any."""
+        if self.messages:
+            raise UsageError("\n".join(self.messages))
+
+
+def _located(line: str) -> dict[str, str | None]:
+    """One line of an error as JSON says it; place: `file:line:column` where it begins with one."""
+    match = re.match(r"(?P<place>.+?:[0-9]+:[0-9]+): (?P<message>.*)", line)
+    return {"place": None, "message": line} if match is None else match.groupdict()
+
+
+def checks(work: Work, faults: Faults) -> Iterator[tuple[str, str]]:
+    """Each part that was checked and what was found there; mistakes go to `faults`."""
     recipe = work.recipe.recipe
     points = ", ".join(point.label for point in work.points)
     yield "recipe", f"{recipe.name}: {points}; labels {recipe.labels}; seed {recipe.seed}"
-    parents = load_parents(work, probe=True)
-    work.progress.notes.extend(parents.notes)
-    yield "parents", _parents(parents)
-    tasks = load_tasks(work, parents, verify=False)
-    yield "images", ", ".join(f"{t.name}: {len(t.images)}" for t in tasks.tasks) or "no tasks to evaluate on"
-    real = load_oracle(work, tasks, verify=False)
-    if real is not None:
-        yield "oracle", f"{len(real)} of {real.name}"
-    with work.recipe.at("proxy"):
-        bound = check_proxies(
-            recipe.proxy, [parents.a, parents.b], work.seed, work.recipe.base, device=str(work.device)
+    parents = _load_parents(work, faults)
+    if parents is not None:
+        work.progress.notes.extend(parents.notes)
+        yield "parents", _parents(parents)
+    known = len(faults.messages)
+    tasks = _load_tasks(work, parents, faults)
+    if len(faults.messages) == known:
+        said = ", ".join(f"{task.name}: {len(task.images)}" for task in tasks.tasks)
+        yield "images", said or "no tasks to evaluate on"
+    with faults.collected():
+        real = load_oracle(work, tasks, verify=False)
+        if real is not None:
+            yield "oracle", f"{len(real)} of {real.name}"
+    if parents is not None:
+        yield from _check_work(work, parents, tasks, faults)
+
+
+def _load_parents(work: Work, faults: Faults) -> Parents | None:
+    """Both parents; where that fails, what is wrong with each of them."""
+    try:
+        return load_parents(work, probe=True)
+    except (UsageError, pleas.InputError) as error:
+        specs, known = work.recipe.recipe.parents, len(faults.messages)
+        for name in type(specs).model_fields:
+            spec = getattr(specs, name)
+            if isinstance(spec, ParentSpec):
+                with faults.collected(), work.recipe.at("parents", name):
+                    load_parent(spec, name, work.recipe.base, probe=True)
+        if len(faults.messages) == known:  # each is sound, they do not fit together
+            faults.messages[str(error)] = None
+        return None
+
+
+def _load_tasks(work: Work, parents: Parents | None, faults: Faults) -> EvaluationSet:
+    """The tasks that can be evaluated; without parents nobody knows which outputs there are."""
+    recipe, found = work.recipe, []
+    for index, spec in enumerate(recipe.recipe.evaluate):
+        with faults.collected(), recipe.at("evaluate", index):
+            task = load_task(spec, recipe.base, verify=False)
+            if parents is not None:
+                heads = merged_columns(recipe.recipe.labels, parents.a.outputs, parents.b.outputs)
+                check_tasks([task], heads)
+            found.append(task)
+    return EvaluationSet(tuple(found))
+
+
+def _check_work(
+    work: Work, parents: Parents, tasks: EvaluationSet, faults: Faults
+) -> Iterator[tuple[str, str]]:
+    """Proxies and symmetry, for parents that were loaded."""
+    recipe = work.recipe.recipe
+    with faults.collected():
+        with work.recipe.at("proxy"):
+            bound = check_proxies(
+                recipe.proxy, [parents.a, parents.b], work.seed, work.recipe.base, device=str(work.device)
+            )
+        for _, source, _ in bound:
+            work.progress.notes.extend(source.notes)
+        yield "proxies", ", ".join(f"{count} from {spec.model_dump()['kind']}" for spec, _, count in bound)
+        said = _leak(work, bound, tasks)
+        if said:
+            yield "leak", said
+    with faults.collected():
+        symmetry = trace_symmetry(work, parents)
+        work.progress.notes.extend(symmetry.program.notes)
+        check_rows(work, symmetry, recipe.proxy.count)
+        check_refining(work, parents, symmetry)
+        widenable = sum(unit_class.widenable for unit_class in symmetry.classes)
+        yield (
+            "symmetry",
+            f"{len(symmetry.classes)} classes of units, {widenable} can be widened; "
+            f"verified to {symmetry.gate_error:.0e}",
         )
-    for _, source, _ in bound:
-        work.progress.notes.extend(source.notes)
-    yield "proxies", ", ".join(f"{count} from {spec.model_dump()['kind']}" for spec, _, count in bound)
-    said = _leak(work, bound, tasks)
-    if said:
-        yield "leak", said
-    symmetry = trace_symmetry(work, parents)
-    work.progress.notes.extend(symmetry.program.notes)
-    check_rows(work, symmetry, recipe.proxy.count)
-    check_refining(work, parents, symmetry)
-    widenable = sum(unit_class.widenable for unit_class in symmetry.classes)
-    yield (
-        "symmetry",
-        f"{len(symmetry.classes)} classes of units, {widenable} can be widened; "
-        f"verified to {symmetry.gate_error:.0e}",
-    )
 
 
 def _parents(parents: Parents) -> str:

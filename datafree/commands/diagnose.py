@@ -31,7 +31,7 @@ from datafree.stages import (
     refuse_leak,
     trace_symmetry,
 )
-from datafree.tables import text_table
+from datafree.tables import output_width, text_table, wrapped
 
 ORACLE = "oracle"
 
@@ -75,7 +75,7 @@ def run(
         return
     click.echo(diagnosis_text(found, places))
     for note in notes:
-        click.echo(f"note: {note}")
+        click.echo(wrapped(f"note: {note}", output_width()))
 
 
 def real_images(work: Work, parents: Parents, real: str, count: int) -> ImageSet:
