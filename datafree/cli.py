@@ -1,14 +1,19 @@
 """The command line. Only click is imported here; each command imports its work when it runs: help is instant.
 
 A new command is one file in `datafree/commands` and one function below. Exit codes: 0 done, 1 a run that
-failed, 2 the caller's mistake; the last two print one message. A bug keeps its traceback.
+failed, 2 the caller's mistake, 130 and 143 interrupted by Ctrl-C and by SIGTERM; all but 0 print one message. A bug
+keeps its traceback.
 """
 
 from __future__ import annotations
 
 import os
+import re
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import click
@@ -16,17 +21,25 @@ import click
 from datafree.errors import DatafreeError
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which unwinds as Ctrl-C does, so that no half-written file is left."""
+
+
 class Commands(click.Group):
-    """Turns the errors we raise on purpose into one message and an exit code."""
+    """Turns the errors we raise on purpose, and interruptions, into one message and an exit code."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with _terminable():
+                return super().invoke(ctx)
+        except KeyboardInterrupt as interruption:
+            _say(_interrupted(ctx.invoked_subcommand))
+            ctx.exit(128 + (signal.SIGTERM if isinstance(interruption, Terminated) else signal.SIGINT))
         except Exception as error:
             code = _exit_code(error)
             if code is None:
                 raise
-            click.echo(f"error: {error}", err=True)
+            _say(f"error: {error}")
             ctx.exit(code)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -43,6 +56,48 @@ def _exit_code(error: Exception) -> int | None:
     return None
 
 
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM raises Terminated inside; only the main thread may say so."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def terminate(*_: object) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+KEEPS = ("plan", "merge", "diagnose", "proxy")  # commands whose finished stages are kept in the cache
+
+
+def _interrupted(command: str | None) -> str:
+    """What is left of an interrupted command, and how to go on."""
+    if command not in KEEPS:
+        return "interrupted: nothing was changed"
+    cache_folder = getattr(
+        sys.modules.get("datafree.store"), "cache_folder", None
+    )  # it may not be imported yet
+    where = "" if cache_folder is None else f" in {cache_folder()}"
+    output = "; the output folder was not touched" if command in ("merge", "proxy") else ""
+    return (
+        f"interrupted: the stages and proxy images that were finished are kept{where}{output}. Run the same command "
+        "again to go on from there"
+    )
+
+
+def _say(message: str) -> None:
+    """To standard error; in a terminal broken between words."""
+    from datafree.tables import output_width, wrapped
+
+    click.echo(wrapped(message, output_width(sys.stderr)), err=True)
+
+
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 RECIPE: Decorator = click.argument("recipe", type=click.Path(dir_okay=False))
@@ -53,12 +108,21 @@ SETTINGS: Decorator = click.option(
     metavar="KEY=VALUE",
     help="Change a key of the recipe, for example --set proxy.count=256 (may be repeated).",
 )
+
+
+def _device(ctx: click.Context, parameter: click.Parameter, name: str) -> str:
+    if re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,4})?", name) is None:
+        raise click.BadParameter(f"{name!r} is none of auto, cpu, cuda, cuda:0, cuda:1, ...", ctx, parameter)
+    return name
+
+
 DEVICE: Decorator = click.option(
     "--device",
-    type=click.Choice(["auto", "cpu", "cuda"]),
+    metavar="[auto|cpu|cuda|cuda:N]",
     default="auto",
     show_default=True,
-    help="Where the networks run.",
+    callback=_device,
+    help="Where the networks run; cuda:N is one of several GPUs.",
 )
 JSON: Decorator = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 
@@ -139,13 +203,20 @@ def plan(recipe: str, settings: tuple[str, ...], device: str, as_json: bool) -> 
 @SETTINGS
 @DEVICE
 @OFFLINE
+@JSON
 def merge(
-    recipe: str, out: str | None, overwrite: bool, export: bool, settings: tuple[str, ...], device: str
+    recipe: str,
+    out: str | None,
+    overwrite: bool,
+    export: bool,
+    settings: tuple[str, ...],
+    device: str,
+    as_json: bool,
 ) -> None:
     """Merge the parents that RECIPE names and compare the result with them."""
     from datafree.commands import merge
 
-    merge.run(recipe, out, settings, device, overwrite, export, sys.argv)
+    merge.run(recipe, out, settings, device, overwrite, export, sys.argv, as_json)
 
 
 @main.command()
@@ -184,13 +255,21 @@ def diagnose(
 @SETTINGS
 @DEVICE
 @OFFLINE
+@JSON
 def proxy(
-    recipe: str, out: str, overwrite: bool, png: bool, shown: int, settings: tuple[str, ...], device: str
+    recipe: str,
+    out: str,
+    overwrite: bool,
+    png: bool,
+    shown: int,
+    settings: tuple[str, ...],
+    device: str,
+    as_json: bool,
 ) -> None:
     """Make the proxies of RECIPE, or find them in the cache, and show them: contact sheets, statistics, cost."""
     from datafree.commands import proxy
 
-    proxy.run(recipe, out, settings, device, overwrite, png, shown)
+    proxy.run(recipe, out, settings, device, overwrite, png, shown, as_json)
 
 
 @main.command()

@@ -41,7 +41,7 @@ class TaskSpec(Spec):
     label_offset: taken off every label, where the images' labels 5, 6, ... are the head's outputs 0, 1, ...
     """
 
-    name: str = pydantic.Field(min_length=1)
+    name: str = pydantic.Field(min_length=1, max_length=100)
     expert: str | None = None
     images: ImageSpec
     label_offset: int = pydantic.Field(default=0, ge=0)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import stat
+import struct
+import zlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import IO, Literal
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -15,7 +19,23 @@ from datafree.errors import UsageError
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
 BROKEN_SHARE = 0.1  # more broken files than this in a folder are refused
-UNREADABLE = (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError)
+MOST_LABEL = 1_000_000  # no network here has as many outputs, and lists of all labels are made
+MOST_PIXELS = 2**26  # of an image as stored, and on its way to the size asked for: 200 MB in colour
+UNREADABLE = (
+    *(OSError, UnidentifiedImageError, SyntaxError, ValueError, EOFError, zlib.error, struct.error),
+    *(Image.DecompressionBombError, Image.DecompressionBombWarning),
+    *(
+        TypeError,
+        KeyError,
+        IndexError,
+        AttributeError,
+        OverflowError,
+        ZeroDivisionError,
+        RuntimeError,
+        MemoryError,
+    ),
+)  # what Pillow's decoders raise on damaged files
+_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "PPM", "GIF")  # of ENDINGS
 _GREY_MODES = ("1", "L", "LA")
 _DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 _TURNED = (5, 6, 7, 8)  # EXIF orientations that swap height and width
@@ -25,16 +45,29 @@ _NAMED = 5
 
 @dataclass(frozen=True)
 class Framing:
-    """How an image of any size becomes `size`: its shorter side is resized to size / crop, its centre cut."""
+    """How an image of any size becomes `size`: its shorter side is resized to size / crop, its centre cut.
+
+    Raises ValueError for a strip, or a crop so small, that the resized image would have over MOST_PIXELS.
+    """
 
     size: tuple[int, int]
     crop: float
     interpolation: Literal["bilinear", "bicubic"]
 
+    def covering(self, have: tuple[int, int]) -> tuple[int, int]:
+        """(height, width) to which an image of size `have` is resized before its centre is cut out."""
+        scale = max(self.size[0] / have[0], self.size[1] / have[1]) / self.crop
+        down, across = max(self.size[0], round(have[0] * scale)), max(self.size[1], round(have[1] * scale))
+        if across * down > MOST_PIXELS:
+            raise ValueError(
+                f"{have[1]} x {have[0]} pixels would become {across} x {down} before {self.size[1]} x {self.size[0]} "
+                f"are cut out; at most {MOST_PIXELS:,} pixels are held"
+            )
+        return down, across
+
     def __call__(self, image: Image.Image) -> Image.Image:
         height, width = self.size
-        scale = max(height / image.height, width / image.width) / self.crop
-        across, down = max(width, round(image.width * scale)), max(height, round(image.height * scale))
+        down, across = self.covering((image.height, image.width))
         if (across, down) != image.size:
             image = image.resize((across, down), _FILTERS[self.interpolation])
         left, top = (across - width) // 2, (down - height) // 2
@@ -53,11 +86,24 @@ class FileImages:
         return len(self.paths)
 
     def __getitem__(self, index: int, /) -> np.ndarray:
-        with Image.open(self.paths[index]) as image:
+        with open_image(self.paths[index]) as image:
             return pixels(image, self.channels, self.framing)
 
     def select(self, indices: Sequence[int]) -> FileImages:
         return FileImages([self.paths[index] for index in indices], self.channels, self.framing)
+
+
+def open_image(file: Path | IO[bytes]) -> Image.Image:
+    """The header of an image of one of our formats, by content; nothing is decoded.
+
+    Only these: Pillow knows others, some of which start a program of the system. Raises one of UNREADABLE, also for an
+    image of more than MOST_PIXELS.
+    """
+    image = Image.open(file, formats=_FORMATS)
+    if image.width * image.height > MOST_PIXELS:
+        with image:
+            raise ValueError(f"{image.width} x {image.height} pixels; at most {MOST_PIXELS:,} are decoded")
+    return image
 
 
 def pixels(image: Image.Image, channels: int, framing: Framing) -> np.ndarray:
@@ -88,12 +134,9 @@ def list_folder(folder: Path) -> Listing:
     """
     if not folder.is_dir():
         raise UsageError(f"image folder {folder} {'is a file' if folder.exists() else 'does not exist'}")
-    flat = sorted(path for path in folder.iterdir() if _is_image(path))
-    nested = {
-        child.name: sorted(path for path in child.rglob("*") if _is_image(path))
-        for child in sorted(folder.iterdir())
-        if child.is_dir()
-    }
+    children = _children(folder)
+    flat = [path for path in children if _is_image(path)]
+    nested = {child.name: _images_under(child) for child in children if child.is_dir()}
     nested = {name: paths for name, paths in nested.items() if paths}
     if flat and nested:
         raise UsageError(
@@ -122,7 +165,7 @@ def read_headers(paths: Sequence[Path]) -> tuple[list[Header | None], dict[Path,
     broken: dict[Path, str] = {}
     for path in paths:
         try:
-            with Image.open(path) as image:
+            with open_image(path) as image:
                 headers.append(header_of(image))
         except UNREADABLE as error:
             headers.append(None)
@@ -135,6 +178,18 @@ def header_of(image: Image.Image) -> Header:
     turned = _has_exif(image) and image.getexif().get(0x0112) in _TURNED
     height, width = (image.width, image.height) if turned else (image.height, image.width)
     return Header((height, width), image.mode in _GREY_MODES)
+
+
+def find_strips(paths: Sequence[Path], headers: Sequence[Header | None], framing: Framing) -> dict[Path, str]:
+    """The files that cannot be framed, by their headers alone, and why."""
+    broken: dict[Path, str] = {}
+    for path, header in zip(paths, headers, strict=True):
+        try:
+            if header is not None:
+                framing.covering(header.size)
+        except ValueError as error:
+            broken[path] = str(error)
+    return broken
 
 
 def find_broken(images: FileImages) -> dict[Path, str]:
@@ -176,8 +231,35 @@ def judge_broken(broken: dict[Path, str], total: int, folder: Path) -> str | Non
     return f"{len(broken)} of {total} image files in {folder} cannot be read and were skipped: {named}{more}"
 
 
+def _children(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except OSError as error:
+        raise UsageError(
+            f"image folder {folder} cannot be read ({error.strerror}): change its permissions, or leave it out"
+        ) from error
+
+
+def _images_under(folder: Path) -> list[Path]:
+    """Image files at any depth, sorted; linked folders are not entered, so that a circle of links ends."""
+
+    def refuse(error: OSError) -> None:
+        raise UsageError(
+            f"image folder {error.filename} cannot be read ({error.strerror}): change its permissions, or leave it out"
+        ) from error
+
+    walk = os.walk(folder, onerror=refuse)
+    return sorted(path for place, _, names in walk for name in names if _is_image(path := Path(place, name)))
+
+
 def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in ENDINGS and path.is_file() and not path.name.startswith(".")
+    """Whether a file should hold an image; what cannot be looked at (a link to nowhere) `read_headers` names."""
+    if path.suffix.lower() not in ENDINGS or path.name.startswith("."):
+        return False
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except OSError:
+        return True
 
 
 def _has_exif(image: Image.Image) -> bool:
@@ -186,5 +268,5 @@ def _has_exif(image: Image.Image) -> bool:
 
 
 def reason_of(error: BaseException) -> str:
-    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    text = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
     return "not an image" if isinstance(error, UnidentifiedImageError) else text

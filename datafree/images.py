@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import hashlib
 import inspect
-import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,8 +20,11 @@ import torch
 from torch import Tensor
 
 from datafree import image_files, tars
+from datafree.arrays import open_arrays
 from datafree.errors import UsageError
-from datafree.image_files import FileImages, Framing
+from datafree.image_files import MOST_LABEL, FileImages, Framing
+from datafree.labels import LabelsSpec, find_labels, name_classes
+from datafree.preprocess import MOST_SIDE
 from datafree.seeds import derive_seed
 from datafree.spec import Spec, resolve_path
 
@@ -46,6 +48,8 @@ class ImageSpec(Spec):
     """Where images come from, and which of them.
 
     folder:      flat, or one subfolder per class; `size`, `crop`, `interpolation` frame unequal images
+    labels:      of a folder's images, where its subfolders are not all classes in order: see `datafree.labels`, for
+                 example {pattern: '(\\d+)\\.jpg'}, {file: classes.csv}, {map: {n01440764: 0}}
     npz:         arrays `x` (uint8; N,H,W or N,H,W,C or N,C,H,W) and `y` (default: x's name with y for x)
     webdataset:  tars, `folder/part-{000..012}.tar`, read into memory; needs datafree[webdataset]
     torchvision: name of a dataset that lies under `root`, with its `split`
@@ -54,6 +58,7 @@ class ImageSpec(Spec):
     """
 
     folder: str | None = None
+    labels: LabelsSpec | None = None
     npz: str | None = None
     webdataset: str | None = None
     torchvision: str | None = None
@@ -71,6 +76,9 @@ class ImageSpec(Spec):
 
     @pydantic.model_validator(mode="after")
     def _one_source(self) -> ImageSpec:
+        sides = (self.size,) if isinstance(self.size, int) else self.size or (1,)
+        if not all(1 <= side <= MOST_SIDE for side in sides):
+            raise ValueError(f"size is {self.size}: give height and width in pixels, from 1 to {MOST_SIDE:,}")
         given = [key for key in SOURCES if getattr(self, key) is not None]
         if len(given) != 1:
             found = f"{' and '.join(given)} are given" if given else "none is given"
@@ -79,6 +87,8 @@ class ImageSpec(Spec):
             raise ValueError(
                 "torchvision needs `root: FOLDER`, where the dataset lies on disk; nothing is downloaded"
             )
+        if self.labels is not None and self.folder is None:
+            raise ValueError(f"labels are for images of a `folder`; {given[0]} brings its own")
         if self.keep_labels is not None and not self.keep_labels:
             raise ValueError("keep_labels is empty: name at least one label, or leave the key out")
         return self
@@ -164,7 +174,7 @@ def _read(spec: ImageSpec, base: Path, verify: bool) -> ImageSet:
     if spec.torchvision is not None:
         return _torchvision(spec, spec.torchvision, resolve_path(spec.root or "", base))
     assert spec.folder is not None
-    return _folder(spec, resolve_path(spec.folder, base), verify)
+    return _folder(spec, resolve_path(spec.folder, base), base, verify)
 
 
 def _kept(name: str, known: np.ndarray | None, labels: tuple[int, ...]) -> np.ndarray:
@@ -208,39 +218,24 @@ def digits(spec: DigitsSpec) -> ImageSet:
 
 
 def _npz(spec: ImageSpec, path: Path) -> ImageSet:
-    if not path.is_file():
-        raise UsageError(f"image file {path} does not exist")
-    try:
-        stored: Any = np.load(path, allow_pickle=False)
-        if isinstance(stored, np.ndarray):
-            raise UsageError(
-                f"{path} holds a single array: save images and labels with np.savez(x_test=..., y_test=...)"
-            )
-        with stored:
-            x = _array(stored, spec.x, path)
-            y_name = spec.y if spec.y is not None else _label_key(spec.x, stored.files)
-            y = None if y_name is None else _array(stored, y_name, path)
-            names = _array(stored, "classes", path) if "classes" in stored.files else None
-    except (ValueError, zipfile.BadZipFile, EOFError, OSError) as error:
-        pickled = "allow_pickle" in str(error)
-        what = (
-            "holds pickled Python objects, which are not read"
-            if pickled
-            else f"cannot be read as .npz ({error})"
-        )
-        raise UsageError(f"image file {path} {what}: save plain arrays with np.savez") from error
+    with open_arrays(path) as arrays:
+        x = arrays.read(spec.x)
+        y_name = spec.y if spec.y is not None else _label_key(spec.x, arrays.names)
+        y = None if y_name is None else arrays.read(y_name)
+        names = arrays.read("classes") if "classes" in arrays.names and y is not None else None
     images = _channels_first(x, f"{path}, key {spec.x!r}")
     labels = None if y is None else _labels(y, len(images), f"{path}, key {y_name!r}")
-    classes = tuple(str(name) for name in names) if names is not None and labels is not None else None
+    classes = None if names is None or labels is None else _classes(names, labels, path)
     return ImageSet(f"{path.name} ({spec.x})", images, labels, classes)
 
 
-def _array(stored: Any, key: str, path: Path) -> np.ndarray:
-    if key not in stored.files:
-        near = difflib.get_close_matches(key, stored.files, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise UsageError(f"{path} has no array {key!r}; it has {', '.join(stored.files)}{hint}")
-    return stored[key]
+def _classes(names: np.ndarray, labels: np.ndarray, path: Path) -> tuple[str, ...]:
+    if names.ndim != 1 or names.dtype.kind not in "USiu" or len(names) <= labels.max():
+        raise UsageError(
+            f"{path}, key 'classes': names are {names.dtype} of shape {names.shape}; one text per class is needed, and "
+            f"the largest label is {labels.max()}"
+        )
+    return tuple(str(name) for name in names)
 
 
 def _label_key(x: str, keys: Sequence[str]) -> str | None:
@@ -255,7 +250,7 @@ def _channels_first(x: np.ndarray, where: str) -> np.ndarray:
         raise UsageError(
             f"{where}: images are {x.dtype}, uint8 from 0 to 255 is needed; convert them once and save again"
         )
-    if len(x) == 0:
+    if x.ndim and x.size == 0:
         raise UsageError(f"{where}: there is no image in the array")
     if x.ndim == 3:
         return x[:, None]
@@ -274,16 +269,25 @@ def _labels(y: np.ndarray, count: int, where: str) -> np.ndarray:
             f"{where}: labels are {y.dtype} of shape {y.shape}; {count} integers from 0 are needed, one per "
             "image"
         )
+    if y.max() > MOST_LABEL:
+        raise UsageError(
+            f"{where}: the largest label is {y.max()}; a label is the number of an output, at most {MOST_LABEL:,}"
+        )
     return y.astype(np.int64)
 
 
-def _folder(spec: ImageSpec, folder: Path, verify: bool) -> ImageSet:
+def _folder(spec: ImageSpec, folder: Path, base: Path, verify: bool) -> ImageSet:
     listing = image_files.list_folder(folder)
+    known, classes = listing.labels, listing.classes
+    if spec.labels is not None:
+        known = find_labels(spec.labels, base, folder, listing.paths)
+        classes = name_classes(known, folder, listing.paths)
     headers, broken = image_files.read_headers(listing.paths)
     image_files.judge_broken(broken, len(listing.paths), folder)
     sound = [header for header in headers if header is not None]
     size = spec.size if spec.size is not None else image_files.frame_of(sound, folder)
     framing = Framing((size, size) if isinstance(size, int) else size, spec.crop, spec.interpolation)
+    broken |= image_files.find_strips(listing.paths, headers, framing)
     channels = 1 if all(header.grey for header in sound) else 3
     files = FileImages([path for path in listing.paths if path not in broken], channels, framing)
     if verify:
@@ -291,8 +295,8 @@ def _folder(spec: ImageSpec, folder: Path, verify: bool) -> ImageSet:
     note = image_files.judge_broken(broken, len(listing.paths), folder)
     kept = np.array([index for index, path in enumerate(listing.paths) if path not in broken], dtype=np.int64)
     images = FileImages([listing.paths[int(index)] for index in kept], channels, framing)
-    labels = None if listing.labels is None else listing.labels[kept]
-    return ImageSet(folder.name, images, labels, listing.classes, (note,) if note else ())
+    labels = None if known is None else known[kept]
+    return ImageSet(folder.name, images, labels, classes, (note,) if note else ())
 
 
 def _webdataset(spec: ImageSpec, pattern: str, base: Path) -> ImageSet:

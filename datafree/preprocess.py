@@ -17,6 +17,7 @@ Interpolation = Literal["bilinear", "bicubic", "nearest"]
 
 GREY_TO_RGB = "grey images are repeated over the three channels"
 RGB_TO_GREY = "colour images become grey by the luma weights 0.299 R + 0.587 G + 0.114 B"
+MOST_SIDE = 4096  # pixels of an input or an image: more than a network sees, and what memory has room for
 _LUMA = (0.299, 0.587, 0.114)
 
 
@@ -33,6 +34,8 @@ class PreprocessSpec(Spec):
         sides = (self.size,) if isinstance(self.size, int) else self.size or ()
         if any(side < 1 for side in sides):
             raise ValueError(f"size is {self.size}: give the input's height and width in pixels, at least 1")
+        if any(side > MOST_SIDE for side in sides):
+            raise ValueError(f"size is {self.size}: at most {MOST_SIDE:,} pixels a side are taken")
         if self.mean is not None and len(self.mean) not in (1, 3):
             raise ValueError(f"mean has {len(self.mean)} numbers: give one for grey input or three for RGB")
         if self.std is not None and any(value <= 0 for value in self.std):

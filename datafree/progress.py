@@ -24,6 +24,8 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
+from datafree.tables import wrapped
+
 
 class StageProgress:
     """Times the stages and shows nothing; the others derive from it.
@@ -122,7 +124,10 @@ class TerminalProgress(StageProgress):
 
     def note(self, text: str) -> None:
         super().note(text)
-        self._console.print(f"note: {text}", style="yellow", markup=False, highlight=False)
+        said = wrapped(
+            f"note: {text}", self._console.width
+        )  # rich would break a path that is longer than a line
+        self._console.print(said, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
     def _open(self, name: str) -> None:
         self._bar.reset(self._task, total=None, stage=name, description="", visible=True)

@@ -56,7 +56,7 @@ class MergeSpec(Spec):
     holdout: float = Field(default=0.125, gt=0, le=0.5)
     rows: int = Field(default=16, ge=1)
     positions: int = Field(default=64, ge=1)
-    min_rows: float = Field(default=0.25, ge=0)
+    min_rows: float = Field(default=0.25, ge=0, le=1e6)
     batch: int = Field(default=64, ge=1)
 
     @field_validator("budgets")
@@ -280,18 +280,24 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> RecipeFile:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            content = file.read(4 * yaml_source.MOST_TEXT + 1)  # a character is at most four bytes
     except FileNotFoundError as error:
         raise UsageError(
             f"{path}: no such recipe; give the path of a .yaml file{_yaml_nearby(path)}"
         ) from error
-    except UnicodeDecodeError as error:
-        raise UsageError(
-            f"{path}: not a text file (byte {error.start} is not UTF-8); a recipe is YAML"
-        ) from error
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
-    return parse_recipe(text, path, overrides)
+    if len(content) > 4 * yaml_source.MOST_TEXT:
+        raise UsageError(f"{path}:1:1: this is larger than any recipe; give the path of a .yaml file")
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        place = yaml_source.locate(str(path), content[: error.start].decode())
+        raise UsageError(
+            f"{place}: not a text file (byte {error.start} is not UTF-8); a recipe is YAML"
+        ) from error
+    return parse_recipe(text.replace("\r\n", "\n").replace("\r", "\n"), path, overrides)
 
 
 def parse_recipe(text: str, path: str | Path, overrides: Sequence[str] = ()) -> RecipeFile:
@@ -343,11 +349,13 @@ def _yaml_nearby(path: Path) -> str:
 # Pydantic's complaints in our words
 # ---------------------------------------------------------------------------------
 
+_MOST_DETAILS, _MOST_LINES = 200, 30  # of a text with more mistakes than anybody reads
+
 
 def _located(error: pydantic.ValidationError, source: Source) -> list[str]:
     """One line per mistake, in the order of the file."""
     told: dict[Key, list[str]] = {}
-    details: list[Any] = list(error.errors(include_url=False))
+    details: list[Any] = list(error.errors(include_url=False))[:_MOST_DETAILS]
     meant = {_misspelt(detail) for detail in details}
     for detail in details:
         if detail["type"] == "too_short" and detail["input"]:
@@ -363,7 +371,10 @@ def _located(error: pydantic.ValidationError, source: Source) -> list[str]:
             messages.append(message)
     lines = [(source.place(key), key, " or ".join(messages)) for key, messages in told.items()]
     lines.sort(key=lambda line: _sort_key(line[0]))
-    return [source.locate(key, message) for _, key, message in lines]
+    said = [source.locate(key, message) for _, key, message in lines[:_MOST_LINES]]
+    if error.error_count() > _MOST_DETAILS or len(lines) > _MOST_LINES:
+        said.append(f"and {error.error_count() - len(said):,} more: mend these first")
+    return said
 
 
 def _misspelt(detail: Any) -> tuple[int | str, ...] | None:
@@ -408,7 +419,7 @@ def _message(detail: Any, key: Key) -> str:
         expected = context.get("expected") or context["expected_tags"]
         found = context.get("tag", detail["input"])
         choices = [choice.strip().strip("'") for choice in str(expected).replace(" or ", ", ").split(",")]
-        return f"must be {_any_of(choices)}, not {found!r}{_did_you_mean(str(found), choices, listed=False)}"
+        return f"must be {_any_of(choices)}, not {_short(found)}{_did_you_mean(str(found), choices, listed=False)}"
     if kind == "union_tag_not_found":
         return f"the key {context['discriminator']} is required"
     if kind == "value_error":

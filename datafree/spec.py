@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 
 import pydantic
@@ -54,6 +55,20 @@ def resolve_path(text: str, base: Path) -> Path:
     """The absolute path that `text` names in a recipe lying in folder `base`; the file need not exist.
 
     Variables are expanded (see `expand_variables`), `~` is the home folder, a relative path starts from
-    `base`.
+    `base`. Raises UsageError for text that can be no path: NUL in it, a name too long, links in a circle.
     """
-    return (base / Path(expand_variables(text, base)).expanduser()).resolve()
+    expanded = expand_variables(text, base)
+    try:
+        path = (base / Path(expanded).expanduser()).resolve()
+        with suppress(FileNotFoundError, NotADirectoryError, PermissionError):  # said by whoever opens it
+            path.lstat()
+    except (OSError, RuntimeError, ValueError) as error:
+        shown = text if len(text) <= _LONGEST_SHOWN else text[: _LONGEST_SHOWN - 3] + "..."
+        reason = (
+            error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
+        )
+        raise UsageError(f"{shown!r} can be no path ({reason}): give another") from error
+    return path
+
+
+_LONGEST_SHOWN = 100

@@ -3,10 +3,14 @@ it.
 
 Safe loading only (no tags that build objects), and the scalars of YAML 1.2's core schema: `1e-3` is a
 number and `no` is a word, unlike PyYAML's default. Repeated keys are an error, unlike PyYAML's default.
+
+What a few kilobytes of text may unfold to is bounded: MOST_TEXT characters, MOST_DEPTH levels of nesting,
+MOST_VALUES values once aliases are followed, whole numbers of 64 bits.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +21,11 @@ import yaml
 from datafree.errors import UsageError
 
 Key = tuple[str | int, ...]
+
+MOST_TEXT = 500_000  # characters; PyYAML reads as many in a few seconds
+MOST_DEPTH = 50
+MOST_VALUES = 100_000
+_LONGEST_SHOWN = 200  # of an assignment, where an error names it as its place
 
 _NULL = re.compile(r"^(?:~|null|Null|NULL|)$")
 _BOOL = re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$")
@@ -33,13 +42,24 @@ _SCALARS: tuple[tuple[str, re.Pattern[str], str | None], ...] = (
 )
 
 
-_PLAIN = {
-    f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "seq", "map", "merge")
-}
+_TAG = "tag:yaml.org,2002:"
+_MERGE = f"{_TAG}merge"
+_PLAIN = {f"{_TAG}{name}" for name in ("null", "bool", "int", "float", "str", "seq", "map", "merge")}
 
 
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}  # pyright: ignore[reportIncompatibleVariableOverride]
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """PyYAML calls itself once a level: the depth is bounded before Python's stack is."""
+        self.depth += 1
+        if self.depth > MOST_DEPTH:
+            mark = self.peek_event().start_mark
+            raise _mistake(f"this is nested more than {MOST_DEPTH} levels deep: no recipe is", mark)
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
 
 class _Dumper(yaml.SafeDumper):
@@ -88,13 +108,18 @@ def parse(text: str, file: str) -> Source:
     cannot take.
     """
     places: dict[Key, str] = {}
+    if len(text) > MOST_TEXT:
+        raise UsageError(
+            f"{file}:1:1: the text has {len(text):,} characters; a recipe has at most {MOST_TEXT:,}"
+        )
     try:
         data = _load(text, places, file)
     except yaml.MarkedYAMLError as error:
         raise UsageError(_syntax_message(error, file)) from error
     except yaml.reader.ReaderError as error:
         raise UsageError(
-            f"{file}: character {error.position} is not allowed in YAML ({error.reason})"
+            f"{locate(file, text[: error.position])}: the character {text[error.position]!a} is not allowed in "
+            "YAML; remove it"
         ) from error
     if not isinstance(data, dict):
         found = "empty" if data is None else f"a {_kind(data)}"
@@ -122,10 +147,14 @@ def override(source: Source, assignments: Iterable[str]) -> Source:
 
 def _assign(source: Source, assignment: str) -> Source:
     place = f"--set {assignment}"
+    if len(place) > _LONGEST_SHOWN:
+        place = place[: _LONGEST_SHOWN - 3] + "..."
     name, equals, text = assignment.partition("=")
     parts = name.strip().split(".")
     if not equals or not all(parts):
         raise UsageError(f"{place}: expected key.path=value, for example --set proxy.count=256")
+    if len(parts) > MOST_DEPTH or len(text) > MOST_TEXT:
+        raise UsageError(f"{place}: at most {MOST_DEPTH} keys and {MOST_TEXT:,} characters can be given")
     value_places: dict[Key, str] = {}
     try:
         value = _load(text, value_places, place)
@@ -171,67 +200,154 @@ def _put(data: Any, parts: Sequence[str], value: Any, done: Key, place: str) -> 
 def _load(text: str, places: dict[Key, str], file: str) -> Any:
     loader = _Loader(text)
     try:
-        node = loader.get_single_node()
-        return None if node is None else _read(loader, node, (), places, file, ())
+        try:
+            node = loader.get_single_node()
+        except (
+            ValueError,
+            OverflowError,
+        ) as error:  # of an escape beyond Unicode, a %YAML version without end
+            if isinstance(error, yaml.YAMLError):
+                raise
+            raise _mistake(f"this is no YAML ({_first_line(error)})", loader.get_mark()) from error
+        return None if node is None else _Reader(file, places).read(node, (), ())
     finally:
         loader.dispose()
 
 
-def _read(
-    loader: _Loader,
-    node: yaml.Node,
-    key: Key,
-    places: dict[Key, str],
-    file: str,
-    above: tuple[yaml.Node, ...],
-) -> Any:
-    """Plain data of `node`; `above` are the nodes around it, to catch an alias that contains itself."""
-    places.setdefault(key, _at(file, node.start_mark))
-    if node in above:
-        raise yaml.MarkedYAMLError(None, None, "this alias contains itself", node.start_mark)
-    if node.tag not in _PLAIN:
-        tag = node.tag.replace("tag:yaml.org,2002:", "!!")
-        raise yaml.MarkedYAMLError(
-            None, None, f"only plain data is allowed here, not the tag '{tag}'", node.start_mark
-        )
-    inside = (*above, node)
-    if isinstance(node, yaml.MappingNode):
-        _refuse_repeated_keys(loader, node)
-        loader.flatten_mapping(node)  # resolves `<<: *anchor`
-        mapping: dict[str, Any] = {}
+class _Reader:
+    """Plain data of a composed tree, and where each key of it stands."""
+
+    def __init__(self, file: str, places: dict[Key, str]) -> None:
+        self._file = file
+        self._places = places
+        self._values = 0
+        self._pairs: dict[int, _Pairs] = {}  # by a node's identity, so that an alias is unfolded once
+
+    def read(self, node: yaml.Node, key: Key, above: tuple[yaml.Node, ...]) -> Any:
+        """`above` are the nodes around `node`, to catch an alias that contains itself."""
+        self._places.setdefault(key, _at(self._file, node.start_mark))
+        _refuse_endless(node, above)
+        self._values += 1
+        if self._values > MOST_VALUES:
+            message = f"with its aliases this text has more than {MOST_VALUES:,} values: no recipe has"
+            raise _mistake(message, node.start_mark)
+        inside = (*above, node)
+        if isinstance(node, yaml.MappingNode):
+            mapping: dict[str, Any] = {}
+            for name, (name_node, value_node) in self._pairs_of(node, above).items():
+                self._places[(*key, name)] = _at(self._file, name_node.start_mark)
+                mapping[name] = self.read(value_node, (*key, name), inside)
+            return mapping
+        if isinstance(node, yaml.SequenceNode):
+            return [self.read(item, (*key, index), inside) for index, item in enumerate(node.value)]
+        return _scalar(node)
+
+    def _pairs_of(self, node: yaml.MappingNode, above: tuple[yaml.Node, ...]) -> _Pairs:
+        """The keys of a mapping; those of `<<: *other` come first and give way to its own."""
+        _refuse_endless(node, above)
+        if id(node) in self._pairs:
+            return self._pairs[id(node)]
+        own: _Pairs = {}
+        merged: list[yaml.Node] = []
         for name_node, value_node in node.value:
-            name = _key_name(loader, name_node)
-            places[(*key, name)] = _at(file, name_node.start_mark)
-            mapping[name] = _read(loader, value_node, (*key, name), places, file, inside)
-        return mapping
-    if isinstance(node, yaml.SequenceNode):
-        return [
-            _read(loader, item, (*key, index), places, file, inside) for index, item in enumerate(node.value)
-        ]
-    return loader.construct_object(node)
+            if name_node.tag == _MERGE:
+                merged += value_node.value if isinstance(value_node, yaml.SequenceNode) else [value_node]
+                continue
+            name = _key_name(name_node)
+            if name in own:
+                line = own[name][0].start_mark.line + 1
+                message = f"the key {_shown(name)} is already set on line {line}; keep one"
+                raise _mistake(message, name_node.start_mark)
+            own[name] = (name_node, value_node)
+        pairs: _Pairs = {}
+        for other in reversed(merged):  # the first named wins
+            if not isinstance(other, yaml.MappingNode):
+                raise _mistake("`<<` takes a mapping, or a list of mappings", other.start_mark)
+            pairs |= self._pairs_of(other, (*above, node))
+        pairs |= own
+        self._pairs[id(node)] = pairs
+        return pairs
 
 
-def _refuse_repeated_keys(loader: _Loader, node: yaml.MappingNode) -> None:
-    seen: dict[str, int] = {}
-    for name_node, _ in node.value:
-        if name_node.tag == "tag:yaml.org,2002:merge":
-            continue
-        name = _key_name(loader, name_node)
-        if name in seen:
-            raise yaml.MarkedYAMLError(
-                None,
-                None,
-                f"the key {name!r} is already set on line {seen[name]}; keep one",
-                name_node.start_mark,
-            )
-        seen[name] = name_node.start_mark.line + 1
+_Pairs = dict[str, tuple[yaml.Node, yaml.Node]]
 
 
-def _key_name(loader: _Loader, node: yaml.Node) -> str:
-    name = loader.construct_object(node) if isinstance(node, yaml.ScalarNode) else None
+def _refuse_endless(node: yaml.Node, above: tuple[yaml.Node, ...]) -> None:
+    if node in above:
+        raise _mistake("this alias contains itself", node.start_mark)
+    if len(above) >= MOST_DEPTH:
+        message = f"with its aliases this is nested more than {MOST_DEPTH} levels deep: no recipe is"
+        raise _mistake(message, node.start_mark)
+    if node.tag not in _PLAIN:
+        tag = node.tag.replace(_TAG, "!!")
+        raise _mistake(f"only plain data is allowed here, not the tag {_shown(tag)}", node.start_mark)
+
+
+def _scalar(node: yaml.Node) -> Any:
+    """The value of a scalar, by its tag, which somebody may have written (`!!int "7"`)."""
+    text, kind = node.value, node.tag.removeprefix(_TAG)
+    fits = {"null": _NULL, "bool": _BOOL, "int": _INT, "float": _FLOAT}
+    if kind not in (*fits, "str", "merge") or (kind in fits and not fits[kind].match(text)):
+        raise _mistake(f"{_shown(text)} is no !!{kind}", node.start_mark)
+    if kind == "null":
+        return None
+    if kind == "bool":
+        return text.lower() == "true"
+    if kind == "int":
+        return _whole(text, node.start_mark)
+    if kind == "float":
+        return _number(text, node.start_mark)
+    return _text(text, node.start_mark)
+
+
+def _whole(text: str, mark: yaml.Mark) -> int:
+    if len(text) <= _INT64_DIGITS and -(2**63) <= int(text) < 2**63:
+        return int(text)
+    raise _mistake(f"the number {_shown(text, quoted=False)} does not fit in 64 bits", mark)
+
+
+_INT64_DIGITS = 20  # of the longest, its sign included
+
+
+def _number(text: str, mark: yaml.Mark) -> float:
+    value = float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
+    if math.isinf(value) and "inf" not in text.lower():
+        raise _mistake(f"the number {_shown(text, quoted=False)} is too large", mark)
+    return value
+
+
+def _text(text: str, mark: yaml.Mark) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise _mistake(f"{text[error.start]!a} is half a character and no text", mark) from error
+    return text
+
+
+def _key_name(node: yaml.Node) -> str:
+    name = _scalar(node) if isinstance(node, yaml.ScalarNode) and node.tag in _PLAIN else None
     if not isinstance(name, str):
-        raise yaml.MarkedYAMLError(None, None, "a key must be text; put it in quotes", node.start_mark)
+        raise _mistake("a key must be text; put it in quotes", node.start_mark)
     return name
+
+
+def _mistake(message: str, mark: yaml.Mark) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(None, None, message, mark)
+
+
+def _shown(text: str, *, quoted: bool = True) -> str:
+    short = text if len(text) <= 40 else text[:37] + "..."
+    return repr(short) if quoted else short
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]
+
+
+def locate(file: str, before: str) -> str:
+    """`file:line:column` (1-based) of the character that follows `before`."""
+    line = before.count("\n") + 1
+    return f"{file}:{line}:{len(before) - before.rfind(chr(10))}"
 
 
 def _syntax_message(error: yaml.MarkedYAMLError, file: str) -> str:

@@ -24,11 +24,7 @@ class Ensemble(nn.Module):
         """others: the images as the second and further parents see them, where they normalise differently."""
         seen = (x, *others) if others else (x,) * len(self.parents)
         outputs = [parent(own) for parent, own in zip(self.parents, seen, strict=True)]
-        return (
-            torch.cat(outputs, -1)
-            if self.heads == "separate"
-            else torch.stack(outputs).mean(0)
-        )
+        return torch.cat(outputs, -1) if self.heads == "separate" else torch.stack(outputs).mean(0)
 
 
 def reestimate_bn(module: nn.Module, batches: Iterable[Tensor]) -> nn.Module:

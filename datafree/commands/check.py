@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import click
 import numpy as np
 
-from datafree.evaluate import Task
+import pleas
+from datafree.errors import DatafreeError, UsageError
+from datafree.evaluate import Task, check_tasks, load_task
 from datafree.progress import StageProgress
 from datafree.proxy import SHARD, Source, SourceSpec, check_proxies
 from datafree.recipe import load_recipe
@@ -23,10 +27,10 @@ from datafree.stages import (
     check_rows,
     load_oracle,
     load_parents,
-    load_tasks,
     refuse_leak,
     trace_parents,
 )
+from datafree.tables import output_width, wrapped
 from datafree.text import json_text
 
 MOST_IMAGES = 5000  # of a source or of a task's files, hashed for the leak check; a merge compares all
@@ -35,63 +39,135 @@ Bound = list[tuple[SourceSpec, Source, int]]
 
 
 def run(recipe: str, settings: Sequence[str], device: str, as_json: bool) -> None:
-    work = begin(load_recipe(recipe, settings), device, StageProgress())
-    lines = []
-    for part, said in checks(work):
-        lines.append({"part": part, "found": said})
-        if not as_json:
-            click.echo(f"ok  {part:<10} {said}")
-    notes = list(dict.fromkeys(work.progress.notes))
+    lines: list[dict[str, str]] = []
+    faults = Faults()
+    notes: list[str] = []
+    try:
+        with faults.collected():
+            work = begin(load_recipe(recipe, settings), device, StageProgress())
+            for part, said in checks(work, faults):
+                lines.append({"part": part, "found": said})
+                if not as_json:
+                    click.echo(wrapped(f"ok  {part:<10} {said}", output_width()))
+            notes = list(dict.fromkeys(work.progress.notes))
+        faults.raise_all()
+    except DatafreeError as error:
+        if as_json:
+            errors = [_located(line) for line in str(error).splitlines()]
+            click.echo(json_text({"ok": False, "errors": errors, "checks": lines, "notes": notes}), nl=False)
+        raise
     if as_json:
-        click.echo(json_text({"ok": True, "checks": lines, "notes": notes}), nl=False)
+        click.echo(json_text({"ok": True, "errors": [], "checks": lines, "notes": notes}), nl=False)
         return
     for note in notes:
-        click.echo(f"note: {note}")
+        click.echo(wrapped(f"note: {note}", output_width()))
     changes = "".join(f" --set {shlex.quote(change)}" for change in settings)
     click.echo(f"{recipe} is ready: datafree merge {recipe}{changes} -o OUT")
 
 
-def checks(work: Work) -> Iterator[tuple[str, str]]:
-    """Each part that was checked and what was found there; the first mistake raises UsageError."""
+class Faults:
+    """The mistakes found so far, each once; a check goes on with whatever does not depend on them."""
+
+    def __init__(self) -> None:
+        self.messages: dict[str, None] = {}
+
+    @contextmanager
+    def collected(self) -> Iterator[None]:
+        """A mistake of the caller ends the block and is remembered; what else is raised is not held up."""
+        try:
+            yield
+        except (UsageError, pleas.InputError) as error:
+            self.messages[str(error)] = None
+
+    def raise_all(self) -> None:
+        """Raises UsageError that lists them, one a line, if there are any."""
+        if self.messages:
+            raise UsageError("\n".join(self.messages))
+
+
+def _located(line: str) -> dict[str, str | None]:
+    """One line of an error as JSON says it; place: `file:line:column` where it begins with one."""
+    match = re.match(r"(?P<place>.+?:[0-9]+:[0-9]+): (?P<message>.*)", line)
+    return {"place": None, "message": line} if match is None else match.groupdict()
+
+
+def checks(work: Work, faults: Faults) -> Iterator[tuple[str, str]]:
+    """Each part that was checked and what was found there; mistakes go to `faults`."""
     recipe = work.recipe.recipe
     points = ", ".join(point.label for point in work.points)
     yield "recipe", f"{recipe.name}: {points}; labels {recipe.labels}; seed {recipe.seed}"
-    parents = load_parents(work, probe=True)
-    work.progress.notes.extend(parents.notes)
-    yield "parents", _parents(parents)
-    tasks = load_tasks(work, parents, verify=False)
-    yield "images", ", ".join(f"{t.name}: {len(t.images)}" for t in tasks.tasks) or "no tasks to evaluate on"
-    real = load_oracle(work, tasks, verify=False)
-    if real is not None:
-        yield "oracle", f"{len(real)} of {real.name}"
-    with work.recipe.at("proxy"):
-        bound = check_proxies(
-            recipe.proxy, list(parents.each), work.seed, work.recipe.base, device=str(work.device)
+    parents = _load_parents(work, faults)
+    if parents is not None:
+        work.progress.notes.extend(parents.notes)
+        yield "parents", _parents(parents)
+    known = len(faults.messages)
+    tasks = _load_tasks(work, parents, faults)
+    if len(faults.messages) == known:
+        said = ", ".join(f"{task.name}: {len(task.images)}" for task in tasks.tasks)
+        yield "images", said or "no tasks to evaluate on"
+    with faults.collected():
+        real = load_oracle(work, tasks, verify=False)
+        if real is not None:
+            yield "oracle", f"{len(real)} of {real.name}"
+    if parents is not None:
+        yield from _check_work(work, parents, tasks, faults)
+
+
+def _load_parents(work: Work, faults: Faults) -> LoadedParents | None:
+    """All parents; None where something is wrong with any of them, or they do not fit together."""
+    with faults.collected():
+        return load_parents(work, probe=True)
+    return None
+
+
+def _load_tasks(work: Work, parents: LoadedParents | None, faults: Faults) -> EvaluationSet:
+    """The tasks that can be evaluated; without parents nobody knows which outputs there are."""
+    recipe, found = work.recipe, []
+    for index, spec in enumerate(recipe.recipe.evaluate):
+        with faults.collected(), recipe.at("evaluate", index):
+            task = load_task(spec, recipe.base, verify=False)
+            if parents is not None:
+                check_tasks([task], parents.columns(recipe.recipe.labels))
+            found.append(task)
+    return EvaluationSet(tuple(found))
+
+
+def _check_work(
+    work: Work, parents: LoadedParents, tasks: EvaluationSet, faults: Faults
+) -> Iterator[tuple[str, str]]:
+    """Proxies and symmetry, for parents that were loaded."""
+    recipe = work.recipe.recipe
+    with faults.collected():
+        with work.recipe.at("proxy"):
+            bound = check_proxies(
+                recipe.proxy, list(parents.each), work.seed, work.recipe.base, device=str(work.device)
+            )
+        for _, source, _ in bound:
+            work.progress.notes.extend(source.notes)
+        yield "proxies", ", ".join(f"{count} from {spec.model_dump()['kind']}" for spec, _, count in bound)
+        said = _leak(work, bound, tasks)
+        if said:
+            yield "leak", said
+    with faults.collected():
+        networks = trace_parents(work, parents)
+        symmetry = networks.symmetry
+        work.progress.notes.extend(symmetry.program.notes)
+        check_rows(work, networks, recipe.proxy.count)
+        check_refining(work, parents, networks)
+        widenable = sum(unit_class.widenable for unit_class in symmetry.classes)
+        yield (
+            "symmetry",
+            f"{len(symmetry.classes)} classes of units, {widenable} can be widened; "
+            f"verified to {symmetry.gate_error:.0e}",
         )
-    for _, source, _ in bound:
-        work.progress.notes.extend(source.notes)
-    yield "proxies", ", ".join(f"{count} from {spec.model_dump()['kind']}" for spec, _, count in bound)
-    said = _leak(work, bound, tasks)
-    if said:
-        yield "leak", said
-    networks = trace_parents(work, parents)
-    symmetry = networks.symmetry
-    work.progress.notes.extend(symmetry.program.notes)
-    check_rows(work, networks, recipe.proxy.count)
-    check_refining(work, parents, networks)
-    widenable = sum(unit_class.widenable for unit_class in symmetry.classes)
-    yield (
-        "symmetry",
-        f"{len(symmetry.classes)} classes of units, {widenable} can be widened; "
-        f"verified to {symmetry.gate_error:.0e}",
-    )
 
 
 def _parents(parents: LoadedParents) -> str:
     size = " x ".join(str(side) for side in parents.input.shape)
     count = sum(parameter.numel() for parameter in parents.first.module.parameters())
     outputs = sorted({parent.outputs for parent in parents.each})
-    return f"{len(parents.each)} of {parents.first.reference}, {count:,} parameters, {size} in, {' and '.join(map(str, outputs))} out"
+    said = f"{len(parents.each)} of {parents.first.reference}, {count:,} parameters"
+    return f"{said}, {size} in, {' and '.join(map(str, outputs))} out"
 
 
 def _leak(work: Work, bound: Bound, tasks: EvaluationSet) -> str:

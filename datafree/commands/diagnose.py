@@ -30,7 +30,7 @@ from datafree.stages import (
     refuse_leak,
     trace_parents,
 )
-from datafree.tables import text_table
+from datafree.tables import output_width, text_table, wrapped
 from datafree.text import json_text
 
 ORACLE = "oracle"
@@ -74,7 +74,7 @@ def run(
         return
     click.echo(diagnosis_text(found, places))
     for note in notes:
-        click.echo(f"note: {note}")
+        click.echo(wrapped(f"note: {note}", output_width()))
 
 
 def real_images(work: Work, parents: LoadedParents, real: str, count: int) -> ImageSet:

@@ -11,6 +11,7 @@ from datafree.pipeline import REPORT, Outcome
 from datafree.pipeline import run as run_pipeline
 from datafree.progress import progress_on
 from datafree.recipe import load_recipe
+from datafree.report import json_text
 from datafree.results import Results, cells, columns
 from datafree.tables import text_table
 
@@ -23,6 +24,7 @@ def run(
     overwrite: bool,
     export: bool,
     command: Sequence[str],
+    as_json: bool = False,
 ) -> None:
     loaded = load_recipe(recipe, settings)
     folder = Path(out if out is not None else loaded.recipe.name)
@@ -35,6 +37,15 @@ def run(
         progress=progress_on(),
         command=[Path(command[0]).name, *command[1:]],
     )
+    if as_json:
+        content = {
+            "folder": str(outcome.folder),
+            "artefacts": [str(artefact) for artefact in outcome.artefacts],
+            "report": str(outcome.folder / REPORT),
+            "metrics": outcome.results.to_dict(),
+        }
+        click.echo(json_text(content), nl=False)
+        return
     click.echo(results_table(outcome.results))
     click.echo(_where(outcome))
 

@@ -16,14 +16,21 @@ from datafree.proxy import ProxySet, SourceReport, contact_sheet, export_folder
 from datafree.proxy.observe import watch
 from datafree.recipe import load_recipe
 from datafree.stages import LoadedParents, begin, exact_arithmetic, load_parents, load_tasks, make_proxies
-from datafree.tables import text_table
+from datafree.tables import output_width, text_table, wrapped
 from datafree.text import json_text
 
 STATISTICS, IMAGES = "metrics.json", "images"
 
 
 def run(
-    recipe: str, out: str, settings: Sequence[str], device: str, overwrite: bool, png: bool, shown: int
+    recipe: str,
+    out: str,
+    settings: Sequence[str],
+    device: str,
+    overwrite: bool,
+    png: bool,
+    shown: int,
+    as_json: bool = False,
 ) -> None:
     work, folder = begin(load_recipe(recipe, settings), device, progress_on()), Path(out)
     check_output(folder, overwrite=overwrite)
@@ -51,9 +58,18 @@ def run(
             (building / STATISTICS).write_text(json_text(content), encoding="utf-8")
             if png:
                 export_folder(proxies, building / IMAGES)
+    if as_json:
+        places = {
+            "folder": str(folder),
+            "sheets": [str(folder / name) for name in sheets],
+            "statistics": str(folder / STATISTICS),
+            "images": str(folder / IMAGES) if png else None,
+        }
+        click.echo(json_text({**places, **content}), nl=False)
+        return
     click.echo(_table(sources))
     for note in proxies.notes:
-        click.echo(f"note: {note}")
+        click.echo(wrapped(f"note: {note}", output_width()))
     click.echo(f"sheets      {', '.join(str(folder / name) for name in sheets)}")
     click.echo(f"statistics  {folder / STATISTICS}")
     if png:

@@ -42,7 +42,7 @@ class ProxySpec(Spec):
             number of images moves no layer's covariance by more than this share of it
     """
 
-    count: int = pydantic.Field(ge=1)
+    count: int = pydantic.Field(ge=1, le=10_000_000)
     settle: float | None = pydantic.Field(default=None, gt=0)
     sources: tuple[AnySource, ...] = pydantic.Field(min_length=1)
 

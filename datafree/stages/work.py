@@ -78,21 +78,32 @@ class Work:
 
 
 def begin(recipe: RecipeFile, device: str = "auto", progress: StageProgress | None = None) -> Work:
-    """The start of a run of `recipe`; device: "auto", "cpu" or "cuda"."""
+    """The start of a run of `recipe`; device: "auto", "cpu", "cuda" or "cuda:N"."""
     limit_bytes()  # a limit that is no number is found before any work
     return Work(recipe, choose_device(device), Store(cache_folder()), progress or StageProgress())
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is one. Raises UsageError for CUDA where there is none."""
+    """`auto` is CUDA where there is one; else "cpu", "cuda" or "cuda:N". Raises UsageError for what is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda" and not torch.cuda.is_available():
+    kind, colon, number = name.partition(":")
+    if kind not in ("cpu", "cuda") or (colon and (kind == "cpu" or not number.isdecimal())):
         raise UsageError(
-            "--device cuda: this PyTorch sees no CUDA device; use --device cpu, or install a CUDA "
+            f"--device {name}: give auto, cpu, cuda, or one of several GPUs as cuda:0, cuda:1, ..."
+        )
+    if kind == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UsageError(
+            f"--device {name}: this PyTorch sees no CUDA device; use --device cpu, or install a CUDA "
             "build of torch"
         )
-    return torch.device(name)
+    count = torch.cuda.device_count()
+    if colon and (len(number) > 4 or int(number) >= count):
+        seen = "cuda:0" if count == 1 else f"cuda:0 to cuda:{count - 1}"
+        raise UsageError(f"--device {name}: this PyTorch sees {seen}; use one of these, or --device cpu")
+    return torch.device(name if not colon else f"cuda:{int(number)}")
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from pathlib import Path
 
@@ -81,3 +82,63 @@ def test_the_command_it_ends_with_is_for_what_was_checked(tiny: Tiny) -> None:
         *("datafree", "merge", str(tiny.recipe), "--set", digits("train"), "--set", "seed=3"),
         *("-o", "OUT"),
     ]
+
+
+FAULTS = (
+    "parents.a.weights=absent.safetensors",
+    "parents.b.model='python:net.py:other'",
+    "evaluate.0.images={folder: nowhere}",
+    "evaluate.1.images={folder: nowhere either}",
+)
+
+
+def test_every_fault_is_said_at_once(tiny: Tiny) -> None:
+    result = checked(tiny, *FAULTS)
+    assert result.exit_code == 2
+    lines = result.stderr.splitlines()
+    assert len(lines) == 4, result.stderr
+    for line, part in zip(
+        lines, ("parents.a: parent a: ", "parents.b: parent b: ", "evaluate.0: ", "evaluate.1: "), strict=True
+    ):
+        assert part in line
+    assert "weights file" in lines[0]
+    assert "nowhere either does not exist" in lines[3]
+
+
+def test_proxies_and_networks_are_checked_beside_wrong_images(tiny: Tiny) -> None:
+    result = checked(
+        tiny, FAULTS[2], "proxy.sources=[{kind: images, images: {folder: absent}}]", "merge.min_rows=1e6"
+    )
+    assert result.exit_code == 2
+    said = result.stderr
+    assert [part in said for part in ("evaluate.0: ", "proxy: ", "absent does not exist")] == [True] * 3
+    assert len(said.splitlines()) == 3, said
+
+
+def test_what_fits_alone_and_not_together_is_said_once(tiny: Tiny) -> None:
+    result = checked(tiny, "parents.b.preprocess.size=16")
+    assert result.exit_code == 2
+    assert len(result.stderr.splitlines()) == 1
+    assert "the parents take different images" in result.stderr
+
+
+def test_json_of_a_check_that_fails_has_its_errors(tiny: Tiny, tmp_path: Path) -> None:
+    options = [part for fault in FAULTS for part in ("--set", fault)]
+    result = CliRunner().invoke(main, ["check", str(tiny.recipe), *options, "--json"])
+    assert result.exit_code == 2
+    said = json.loads(result.stdout)
+    assert said["ok"] is False
+    lines = result.stderr.removeprefix("error: ").splitlines()
+    assert [f"{error['place']}: {error['message']}" for error in said["errors"][:2]] == lines[:2]
+    assert len(said["errors"]) == len(lines) == 4
+    assert [check["part"] for check in said["checks"]] == ["recipe"]
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("name: [\n")
+    result = CliRunner().invoke(main, ["check", str(broken), "--json"])
+    (error,) = json.loads(result.stdout)["errors"]
+    assert error["place"] == f"{broken}:2:1"
+    assert error["message"].startswith("expected the node content")
+    result = CliRunner().invoke(main, ["check", str(tmp_path / "absent.yaml"), "--json"])
+    assert json.loads(result.stdout)["errors"][0]["place"] is None
+    result = CliRunner().invoke(main, ["check", str(tiny.recipe), "--json"])
+    assert (result.exit_code, json.loads(result.stdout)["ok"]) == (0, True)

@@ -9,12 +9,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
 
 import pleas
 from datafree.cli import main
 from datafree.errors import RunError, UsageError
 from datafree.offline import is_offline
+from datafree.stages import choose_device
+from tests.datafree.tiny import make_tiny
 
 
 def _invoke(*arguments: str | Path) -> Result:
@@ -105,3 +108,50 @@ def test_env_tells_versions_and_the_cache() -> None:
     facts = json.loads(_invoke("env", "--json").output)
     assert set(facts) == {"versions", "machine", "cache"}
     assert facts["cache"]["folder"] in text
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:x", "cpu:1", "cuda:", "cuda:-1", "cuda:99999"])
+def test_devices_that_are_none(device: str) -> None:
+    result = _invoke("check", "some.yaml", "--device", device)
+    assert result.exit_code == 2
+    assert f"'{device}' is none of auto, cpu, cuda, cuda:0, cuda:1, ..." in result.stderr
+
+
+def test_devices_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name in ("cuda", "cuda:1"):
+        with pytest.raises(
+            UsageError, match=f"^--device {name}: this PyTorch sees no CUDA device; use --device cpu"
+        ):
+            choose_device(name)
+    assert choose_device("auto") == choose_device("cpu") == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert choose_device("cuda:1") == torch.device("cuda", 1)
+    assert choose_device("cuda") == choose_device("auto") == torch.device("cuda")
+    with pytest.raises(UsageError) as caught:
+        choose_device("cuda:2")
+    assert str(caught.value) == (
+        "--device cuda:2: this PyTorch sees cuda:0 to cuda:1; use one of these, or --device cpu"
+    )
+    with pytest.raises(
+        UsageError, match=r"^--device tpu: give auto, cpu, cuda, or one of several GPUs as cuda:0"
+    ):
+        choose_device("tpu")
+
+
+def test_merge_and_proxy_print_json(tmp_path: Path) -> None:
+    tiny = make_tiny(tmp_path / "tiny")
+    result = _invoke("merge", tiny.recipe, "-o", tmp_path / "out", "--json")
+    assert result.exit_code == 0, result.output
+    said = json.loads(result.stdout)
+    assert said["folder"] == str(tmp_path / "out")
+    assert all((Path(artefact) / "model.safetensors").is_file() for artefact in said["artefacts"])
+    assert len(said["artefacts"]) == 2
+    assert said["metrics"] == json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert Path(said["report"]).is_file()
+    result = _invoke("proxy", tiny.recipe, "-o", tmp_path / "look", "--json")
+    assert result.exit_code == 0, result.output
+    said = json.loads(result.stdout)
+    assert (said["count"], said["images"], said["sources"][0]["kind"]) == (64, None, "noise")
+    assert all(Path(place).is_file() for place in (*said["sheets"], said["statistics"]))

@@ -159,7 +159,7 @@ def _folder(folder: Path) -> Path:
     ("make", "message"),
     [
         (_missing, "{path}: no such recipe; give the path of a .yaml file; did you mean {folder}/tiny.yaml?"),
-        (_binary, "{path}: not a text file (byte 0 is not UTF-8); a recipe is YAML"),
+        (_binary, "{path}:1:1: not a text file (byte 0 is not UTF-8); a recipe is YAML"),
         (_folder, "{path}: cannot be read: Is a directory"),
     ],
 )

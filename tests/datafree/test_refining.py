@@ -111,7 +111,9 @@ def test_a_network_that_is_its_parents_already_is_left_as_it_is(tiny: Tiny, tmp_
     apart = [row for row in outcome.results.rows if row.title == "refined" and row.note]
     assert len(apart) == 1
     assert "budget 2: it already computes what its parents do" in apart[0].note
-    merged = next(row for row in outcome.results.rows if row.title == "merged" and row.point == apart[0].point)
+    merged = next(
+        row for row in outcome.results.rows if row.title == "merged" and row.point == apart[0].point
+    )
     assert merged.evaluation == apart[0].evaluation
 
 

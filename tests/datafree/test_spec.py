@@ -62,3 +62,22 @@ def test_seeds_are_fixed_for_ever_and_differ_by_name() -> None:
     }
     assert len(seeds) == 10
     assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a\0b", "'a\\x00b' can be no path (embedded null byte): give another"),
+        ("x" * 5000, f"'{'x' * 97}...' can be no path (File name too long): give another"),
+        (
+            "~nobody-of-this-name/x",
+            "'~nobody-of-this-name/x' can be no path (Could not determine home directory.)",
+        ),
+        ("loop/x", "'loop/x' can be no path ("),
+    ],
+)
+def test_text_that_can_be_no_path(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(UsageError) as caught:
+        resolve_path(text, tmp_path)
+    assert str(caught.value).startswith(message)

@@ -127,7 +127,7 @@ def test_wrong_tars_say_what_is_wrong(tmp_path: Path, monkeypatch: pytest.Monkey
     )
     write_tar(tmp_path / "cls.tar", {"1.png": encoded(noise(0, 4, 4)), "1.cls": b"cat"})
     assert refusal(tmp_path, webdataset="cls.tar") == (
-        f"webdataset {tmp_path}/cls.tar/1.png: its .cls file holds 'cat', not a class number from 0"
+        f"webdataset {tmp_path}/cls.tar/1.png: its .cls file holds 'cat', not a class number from 0 to 1,000,000"
     )
     monkeypatch.setattr(tars, "MOST", 5)
     assert "has 6 images, which would be read into memory: say how many are wanted" in refusal(
