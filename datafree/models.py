@@ -145,7 +145,7 @@ def _load(spec: ParentSpec, name: str, base: Path, probe: bool, progress: Progre
         arguments=dict(spec.arguments),
         weights=path,
         fingerprint=content_hash(state),
-        notes=notes,
+        notes=blueprint.notes + notes,
     )
 
 

@@ -87,9 +87,7 @@ class Store:
         if not path.exists():
             return None
         try:
-            with safe_open(path, framework="pt") as file:
-                header = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            header, tensors = read_safetensors(path)
         except (SafetensorError, OSError) as error:
             raise DamagedStage(f"{path} cannot be read ({error})") from error
         if header.get("key") != key:
@@ -144,6 +142,21 @@ def plain_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         taken.add(own.untyped_storage().data_ptr())
         plain[name] = own
     return plain
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors of a safetensors file.
+
+    Raises SafetensorError or OSError, and nothing else, for a file that is damaged or is none.
+    """
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path.name} is not a file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in names}
+    except (AttributeError, KeyError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise SafetensorError(f"a header that torch cannot follow: {error}") from error
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
