@@ -6,6 +6,8 @@ What may be written as a reference is in `references`; how files are read, in `w
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +24,7 @@ from datafree.references import Blueprint, build, build_model
 from datafree.seeds import derive_seed
 from datafree.spec import Spec, resolve_path
 from datafree.store import content_hash
+from datafree.user_code import place_of
 from datafree.weights import check_finite, load_into, load_weights
 
 __all__ = [
@@ -242,13 +245,16 @@ def _outputs(module: nn.Module, preprocess: Preprocess) -> int:
     shape = " x ".join(str(side) for side in preprocess.shape)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     try:
-        with mode, torch.no_grad():
+        with mode, torch.no_grad(), contextlib.redirect_stdout(sys.stderr):
             state: dict[str, torch.Tensor] = {
                 key: mode.from_tensor(value) for key, value in module.state_dict(keep_vars=True).items()
             }
             output = torch.func.functional_call(module, state, (torch.zeros(2, *preprocess.shape),))
-    except (RuntimeError, ValueError, AssertionError, TypeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except Exception as error:  # whatever the user's forward raises
+        reason = str(error).splitlines()[0] if str(error) else ""
+        reason = reason if isinstance(error, RuntimeError) else f"{type(error).__name__}: {reason}"
+        where = place_of(error)
+        reason += f" ({where})" if where else ""
         raise UsageError(
             f"the model does not accept an image of {shape} (channels x height x width): {reason}. "
             "Check preprocess (size, and as many numbers in mean as channels)"

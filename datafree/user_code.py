@@ -154,24 +154,24 @@ def _located(
             raise UsageError(
                 f"{reference} does not take the arguments {dict(arguments or {})}: {error}"
             ) from error
-        where = _place(error, folder)
+        where = place_of(error, folder)
         what = " ".join(str(error).split())[:300]
         raise UsageError(
-            f"{reference}{given} fails{where}: {type(error).__name__}: {what}{_remedy(error)}"
+            f"{reference}{given} fails{' ' * bool(where)}{where}: {type(error).__name__}: {what}{_remedy(error)}"
         ) from error
 
 
-def _place(error: BaseException, folder: Path | None) -> str:
-    """` at FILE, line N`: the deepest line of the user's own code, where there is one."""
+def place_of(error: BaseException, folder: Path | None = None) -> str:
+    """`at FILE, line N`: the deepest line of the user's own code, in `folder` where that is known; "" for none."""
     if isinstance(error, SyntaxError) and error.filename:
-        return f" at {error.filename}, line {error.lineno}"
+        return f"at {error.filename}, line {error.lineno}"
     frames = [
         (str(Path(frame.filename)), frame.lineno) for frame in traceback.extract_tb(error.__traceback__)
     ]
     frames = [(name, line) for name, line in frames if Path(name).is_file() and not name.startswith(_OURS)]
     own = [place for place in frames if folder is not None and Path(place[0]).is_relative_to(folder)]
-    own = own or [place for place in frames if not place[0].startswith(_LIBRARIES)]
-    return f" at {own[-1][0]}, line {own[-1][1]}" if own else ""
+    own = [place for place in own or frames if not place[0].startswith(_LIBRARIES)]
+    return f"at {own[-1][0]}, line {own[-1][1]}" if own else ""
 
 
 def _remedy(error: BaseException) -> str:
