@@ -49,6 +49,7 @@ class ParentSpec(Spec):
     model:      a model reference; `arguments` go to whatever it names
     weights:    a checkpoint file; "builder" where a python: callable returns a trained model; "digits:NAME"
                 for an expert of the quickstart
+    weights_key: which state dict, where the file holds several: model_ema, or ema.state_dict for one inside another
     random_weights, pretrained: the two other ways to have weights, both said openly; `pretrained` may fetch
                 files and needs `allow_download: true` beside it
     preprocess: whatever the model's own configuration does not say, or says differently
@@ -58,6 +59,7 @@ class ParentSpec(Spec):
     model: str
     arguments: dict[str, Any] = pydantic.Field(default_factory=dict)
     weights: str | None = None
+    weights_key: str | None = None
     random_weights: bool = False
     pretrained: bool = False
     allow_download: bool = False
@@ -69,6 +71,8 @@ class ParentSpec(Spec):
         given = [key for key in ("weights", "random_weights", "pretrained") if getattr(self, key)]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} are given together: give exactly one source of weights")
+        if self.weights_key is not None and (self.random_weights or self.pretrained):
+            raise ValueError("weights_key names an entry of a weights file, and there is none: remove it")
         if self.pretrained and not self.allow_download:
             raise ValueError(
                 "pretrained: true may fetch weights from the network: say `allow_download: true` as well, "
@@ -186,7 +190,7 @@ def _fill(
             )
     path = resolve_path(spec.weights, base) if spec.weights is not None else blueprint.weights
     assert path is not None
-    state, notes = load_weights(path)
+    state, notes = load_weights(path, spec.weights_key, blueprint.module)
     return path, notes + load_into(blueprint.module, state, path.name)
 
 
