@@ -54,6 +54,8 @@ class Description:
     reference, arguments: the parents' architecture as a recipe names it; None where the caller did not say
     input:   how uint8 images become its input; None where the caller did not say
     recipe:  fingerprint of the recipe, None for a merge made by a library call
+    license, base_models: for the model card: an identifier as the Hugging Face Hub has it ("apache-2.0"), and the
+        parents' names there; unknown where not said
     details: anything else worth keeping in `config.json` (parents, settings, ...), JSON-able
     """
 
@@ -63,6 +65,8 @@ class Description:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     input: Preprocess | None = None
     recipe: str | None = None
+    license: str | None = None
+    base_models: tuple[str, ...] = ()
     details: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -103,6 +107,8 @@ def save(
     arguments: Mapping[str, Any] | None = None,
     preprocess: Preprocess | None = None,
     classes: Sequence[Sequence[str] | None] | None = None,
+    license: str | None = None,
+    base_models: Sequence[str] = (),
     overwrite: bool = False,
 ) -> Path:
     """Write a merged network as an artefact folder, whole or not at all, and return the folder.
@@ -110,15 +116,28 @@ def save(
     reference, arguments: what builds the parents' class, `torchvision:resnet18`; without it the graph is
     saved
     classes: label names of each head
+    license, base_models: for the model card, as the Hugging Face Hub names them
     Raises UsageError when the folder exists and `overwrite` is not given, RunError when it cannot be written.
     """
     heads = make_heads(head_sizes(result), classes)
-    description = Description(name, heads, reference, arguments or {}, preprocess)
+    description = Description(
+        name, heads, reference, arguments or {}, preprocess, license=license, base_models=tuple(base_models)
+    )
+    _check_plain(description.arguments)
     module = portable(result, reference)
     with new_folder(Path(folder), overwrite=overwrite) as building:
         write_model(building, module, result, description)
         (building / CARD).write_text(model_card(description, result), encoding="utf-8")
     return Path(folder)
+
+
+def _check_plain(arguments: Mapping[str, Any]) -> None:
+    try:
+        json.dumps(dict(arguments))
+    except (TypeError, ValueError) as error:
+        raise UsageError(
+            f"arguments {dict(arguments)} cannot be written as JSON ({error}): give plain numbers, texts and lists"
+        ) from error
 
 
 def head_sizes(result: pleas.MergeResult) -> tuple[int, ...]:

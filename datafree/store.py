@@ -26,6 +26,7 @@ from torch import Tensor
 
 from datafree.cache_limit import RUNNING, trim, used
 from datafree.errors import DatafreeError, RunError
+from datafree.folders import publish
 
 SCHEMA = 1
 CACHE_VARIABLE = "DATAFREE_CACHE"
@@ -95,8 +96,12 @@ class Store:
         value = header.get("value", "null")
         if header.get("sha256") != content_hash(tensors, value):
             raise DamagedStage(f"{path} does not have the content it was written with")
+        try:
+            known = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise DamagedStage(f"{path} holds a value that is not JSON ({error})") from error
         used(self.root, path)
-        return Stage(tensors, json.loads(value))
+        return Stage(tensors, known)
 
     def write(self, stage: str, key: str, tensors: Mapping[str, Tensor], value: Any = None) -> None:
         """Keep a finished stage. Raises RunError when the cache cannot be written."""
@@ -162,7 +167,8 @@ def read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """A safetensors file whose bytes depend on its content alone.
 
-    The library writes the metadata's keys in random order; the header is written again, sorted, in its place.
+    The library writes the metadata's keys in random order; the header is written again, sorted, in its place. Its
+    file is private; ours has the permissions of any new file.
     """
     save_file(dict(tensors), path, metadata=dict(metadata))
     with path.open("r+b") as file:
@@ -173,6 +179,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
         assert len(written) <= size, "the same header in another order is as long"
         file.seek(8)
         file.write(written.ljust(size))
+    publish(path)
 
 
 def content_hash(tensors: Mapping[str, Tensor], text: str = "") -> str:

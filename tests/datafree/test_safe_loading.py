@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
+import random
+import resource
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -19,7 +20,7 @@ import datafree
 import pleas
 from datafree.errors import UsageError
 from datafree.preprocess import Preprocess
-from datafree.store import content_hash, write_safetensors
+from datafree.store import DamagedStage, Store, content_hash, stage_key, write_safetensors
 from tests.cases import randomise
 
 INPUT = Preprocess((8, 8), (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
@@ -307,4 +308,76 @@ def test_a_damaged_description_names_its_place(folder: Path, edit: Any, message:
 def test_nested_without_end(folder: Path) -> None:
     (folder / "config.json").write_text("[" * 100_000)
     assert "is not JSON" in refusal(folder)
-    shutil.rmtree(folder)
+
+
+def _damaged(whole: bytes, chance: random.Random) -> bytes:
+    """Truncated, bits flipped, a piece overwritten, doubled or left out."""
+    data, place, count = bytearray(whole), chance.randrange(len(whole)), chance.randrange(1, 100)
+    match chance.randrange(5):
+        case 0:
+            del data[place:]
+        case 1:
+            for _ in range(chance.choice([1, 2, 8])):
+                data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+        case 2:
+            data[place : place + count] = bytes(chance.choice([b"\x00", b"9", b'"', b"["])) * count
+        case 3:
+            data[place:place] = data[place : place + count]
+        case 4:
+            del data[place : place + count]
+    return bytes(data)
+
+
+def _mutated(value: Any, chance: random.Random) -> Any:
+    """JSON of another meaning: one value somewhere inside becomes another kind, huge, empty or absent."""
+    if isinstance(value, (dict, list)) and value and chance.random() < 0.9:
+        key = chance.choice(list(value) if isinstance(value, dict) else range(len(value)))
+        if chance.random() < 0.1:
+            value.pop(key)
+        else:
+            value[key] = _mutated(value[key], chance)
+        return value
+    return chance.choice(
+        [None, True, -1, 10**12, 1e308, "", "x", "aten.zeros.default", "../x", [], [[]], {}, {"node": "x"}]
+    )
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_damaged_folders_end_in_words(tmp_path: Path, seed: int) -> None:
+    sound = datafree.save(merged(0.5), tmp_path / "out", preprocess=INPUT)
+    whole = {name: (sound / name).read_bytes() for name in ("config.json", "model.safetensors")}
+    chance, refused = random.Random(seed), 0
+    for number in range(150):
+        name = chance.choice(sorted(whole))
+        if name == "config.json" and number % 2:
+            data = json.dumps(_mutated(json.loads(whole[name]), chance)).encode()
+        else:
+            data = _damaged(whole[name], chance)
+        (sound / name).write_bytes(data)
+        try:
+            datafree.load(sound)
+        except UsageError as error:
+            refused += str(error).startswith(str(sound)) or f"{error}".count(str(sound)) > 0
+        (sound / name).write_bytes(whole[name])
+    assert refused > 80
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 < 3 << 30
+
+
+def test_damaged_cache_entries_are_named(tmp_path: Path) -> None:
+    store, key, chance = Store(tmp_path), stage_key("stage", {"x": 1}), random.Random(3)
+    store.write(
+        "stage", key, {"a": torch.randn(20), "b": torch.zeros(3, dtype=torch.int64)}, {"rows": [1, 2]}
+    )
+    path = store.path("stage", key)
+    whole, named = path.read_bytes(), 0
+    for _ in range(200):
+        path.write_bytes(_damaged(whole, chance))
+        try:
+            store.read("stage", key)
+        except DamagedStage as error:
+            named += str(error).startswith(str(path))
+    assert named > 150
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(DamagedStage, match="is not a file"):
+        store.read("stage", key)
