@@ -35,8 +35,8 @@ def check_export() -> None:
 def write_exports(folder: Path, module: nn.Module, example: Tensor) -> list[Path]:
     """Write `module` as a torch.export program and as ONNX, both with a free batch size; returns the files.
 
-    Both are read again and compared with the network on noise, one and three images. ONNX runs in onnxruntime where
-    that is installed, else in the slow reference of the onnx package.
+    Both are read again and compared with the network on noise, one and three images; ONNX by the slow reference of the
+    onnx package.
     example: two inputs as the network takes them (normalised)
     Raises RunError where a file gives other numbers than the network.
     """
@@ -58,14 +58,9 @@ def write_exports(folder: Path, module: nn.Module, example: Tensor) -> list[Path
 
 
 def _onnx_runner(path: Path) -> Callable[[Tensor], Tensor]:
-    if importlib.util.find_spec("onnxruntime") is not None:
-        import onnxruntime  # pyright: ignore[reportMissingImports]
+    from onnx.reference import ReferenceEvaluator
 
-        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    else:
-        from onnx.reference import ReferenceEvaluator
-
-        session = ReferenceEvaluator(str(path))
+    session = ReferenceEvaluator(str(path))
 
     def run(images: Tensor) -> Tensor:
         outputs: Any = session.run(None, {"images": images.numpy()})
