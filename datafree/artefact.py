@@ -12,15 +12,19 @@ graph, which is plain data, so that loading an artefact never runs code that cam
 from __future__ import annotations
 
 import json
+<<<<<<< HEAD
 from collections import Counter
 from collections.abc import Mapping, Sequence
+=======
+from collections.abc import Callable, Mapping, Sequence
+>>>>>>> h-files
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import nn
 
 import pleas
@@ -28,16 +32,20 @@ from datafree.errors import UsageError
 from datafree.evaluate import Labels
 from datafree.folders import new_folder
 from datafree.preprocess import Preprocess
-from datafree.references import ARTEFACT_MARK, build_model
+from datafree.rebuild import check_description, fill_own, rebuild
+from datafree.references import ARTEFACT_MARK, LIBRARIES
 from datafree.report import model_card
+<<<<<<< HEAD
 from datafree.store import content_hash, plain_tensors, write_safetensors
 from pleas.layout import everyone, owners
+=======
+from datafree.store import content_hash, plain_tensors, read_safetensors, write_safetensors
+>>>>>>> h-files
 from pleas.module import build_network
 from pleas.symmetry import coupled, state_of
 
 FORMAT = 1
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
-_NAMED = ("timm:", "torchvision:")  # references that mean the same on every machine
 
 
 @dataclass(frozen=True)
@@ -56,6 +64,8 @@ class Description:
     reference, arguments: the parents' architecture as a recipe names it; None where the caller did not say
     input:   how uint8 images become its input; None where the caller did not say
     recipe:  fingerprint of the recipe, None for a merge made by a library call
+    license, base_models: for the model card: an identifier as the Hugging Face Hub has it ("apache-2.0"), and the
+        parents' names there; unknown where not said
     details: anything else worth keeping in `config.json` (parents, settings, ...), JSON-able
     """
 
@@ -65,6 +75,8 @@ class Description:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     input: Preprocess | None = None
     recipe: str | None = None
+    license: str | None = None
+    base_models: tuple[str, ...] = ()
     details: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -105,6 +117,8 @@ def save(
     arguments: Mapping[str, Any] | None = None,
     preprocess: Preprocess | None = None,
     classes: Sequence[Sequence[str] | None] | None = None,
+    license: str | None = None,
+    base_models: Sequence[str] = (),
     overwrite: bool = False,
 ) -> Path:
     """Write a merged network as an artefact folder, whole or not at all, and return the folder.
@@ -112,15 +126,33 @@ def save(
     reference, arguments: what builds the parents' class, `torchvision:resnet18`; without it the graph is
     saved
     classes: label names of each head
+    license, base_models: for the model card, as the Hugging Face Hub names them
     Raises UsageError when the folder exists and `overwrite` is not given, RunError when it cannot be written.
     """
+<<<<<<< HEAD
     heads = make_heads(head_sizes(result), result.parents.names, classes)
     description = Description(name, heads, reference, arguments or {}, preprocess)
+=======
+    heads = make_heads(head_sizes(result), classes)
+    description = Description(
+        name, heads, reference, arguments or {}, preprocess, license=license, base_models=tuple(base_models)
+    )
+    _check_plain(description.arguments)
+>>>>>>> h-files
     module = portable(result, reference)
     with new_folder(Path(folder), overwrite=overwrite) as building:
         write_model(building, module, result, description)
         (building / CARD).write_text(model_card(description, result), encoding="utf-8")
     return Path(folder)
+
+
+def _check_plain(arguments: Mapping[str, Any]) -> None:
+    try:
+        json.dumps(dict(arguments))
+    except (TypeError, ValueError) as error:
+        raise UsageError(
+            f"arguments {dict(arguments)} cannot be written as JSON ({error}): give plain numbers, texts and lists"
+        ) from error
 
 
 def head_sizes(result: pleas.MergeResult) -> tuple[int, ...]:
@@ -154,11 +186,12 @@ def portable(result: pleas.MergeResult, reference: str | None) -> nn.Module:
     """The merged module exactly as `load` will rebuild it, in a form that can be rebuilt anywhere.
 
     A module of the parents' own class stays as it is where timm or torchvision can build it again; one that
-    came from a Python file or from a library call becomes the graph it was traced to.
+    came from a Python file or from a library call becomes the graph it was traced to, because loading never runs
+    code that a folder names: `load(folder, model=MyClass)` brings the class back.
     """
     module = result.module
     config = pleas.program_config(module)
-    if config is None and reference is not None and reference.startswith(_NAMED):
+    if config is None and reference is not None and reference.startswith(LIBRARIES):
         return module
     if config is None:
         config = pleas.program_config(_as_graph(result))
@@ -243,28 +276,22 @@ def plan_table(parents: pleas.Parents, plan: pleas.Plan) -> list[dict[str, Any]]
     return rows
 
 
-def load(folder: str | Path) -> Artefact:
+def load(folder: str | Path, *, model: nn.Module | Callable[[], nn.Module] | None = None) -> Artefact:
     """Rebuild the network that `save` or `datafree merge` wrote, in evaluation mode on the CPU.
 
+    Nothing the folder brings is run: a network comes back from its graph, or as a class of timm or torchvision.
+    model: the parents' own class (or a module of it, which is filled), where the network at 1.0x is wanted as that
+        class: `load(folder, model=MyNet)`, `load(folder, model=lambda: MyNet(width=6))`. Where the folder knows
+        its input, the class is compared with the saved graph on noise.
+
     Raises UsageError for a folder that is not an artefact, is incomplete, or does not have the content it was
-    written with.
+    written with, and for a `model` that is not the class which was merged.
     """
     folder = Path(folder)
     config = _read_config(folder)
-    if config["network"] is not None:
-        module: nn.Module = pleas.module_from_config(config["network"])
-    else:
-        architecture = config["architecture"]
-        module = build_model(architecture["reference"], architecture["arguments"], folder)
     state = _read_weights(folder / WEIGHTS)
-    try:
-        module.load_state_dict(state)
-    except RuntimeError as error:
-        raise UsageError(
-            f"{folder}: {WEIGHTS} does not fit the network in {CONFIG}: {error}. The files come from "
-            "different "
-            "artefacts, or the architecture changed with a new version of its package"
-        ) from error
+    path = folder / CONFIG
+    module = rebuild(config, state, path) if model is None else fill_own(model, config, state, path)
     heads = tuple(
         Head(head["parents"], head["outputs"], None if head["classes"] is None else tuple(head["classes"]))
         for head in config["heads"]
@@ -272,41 +299,49 @@ def load(folder: str | Path) -> Artefact:
     return Artefact(folder, module.eval(), heads, config)
 
 
+def read_card(folder: Path) -> str:
+    """The text of the model card. Raises UsageError where it is missing or not a text."""
+    path = folder / CARD
+    try:
+        if not path.is_file():
+            raise UsageError(f"{path} is missing or not a file: the artefact is incomplete")
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} cannot be read ({error}): the artefact is damaged") from error
+
+
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError) as error:
+    if not path.is_file():
         inside = sorted(item.parent.name for item in folder.glob(f"*/{CONFIG}"))
         if inside:
             raise UsageError(
-                f"{folder} holds {len(inside)} artefacts ({', '.join(inside)}): name one, "
-                f"{folder / inside[0]}"
-            ) from error
+                f"{folder} holds {len(inside)} artefacts ({', '.join(inside)}): name one, {folder / inside[0]}"
+            )
         what = "has no config.json" if folder.is_dir() else "is not a folder"
-        raise UsageError(
-            f"{folder} {what}: give a folder that datafree merge or datafree.save wrote"
-        ) from error
-    except ValueError as error:
+        raise UsageError(f"{folder} {what}: give a folder that datafree merge or datafree.save wrote")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read ({error.strerror}): change its permissions") from error
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} is not JSON ({error}): the artefact is damaged") from error
     if not isinstance(config, dict) or ARTEFACT_MARK not in config:
         raise UsageError(
             f"{path} was not written by datafree: for other models use a model reference (timm:NAME, ...)"
         )
-    if config["format"] != FORMAT:
+    if config.get("format") != FORMAT:
         raise UsageError(
-            f"{folder} has format {config['format']}, and this version of datafree reads format "
-            f"{FORMAT}: it was "
-            f"written by datafree {config[ARTEFACT_MARK]}, install that version"
+            f"{folder} has format {config.get('format')!r:.40}, and this version of datafree reads format "
+            f"{FORMAT}: it was written by datafree {config[ARTEFACT_MARK]!s:.40}, install that version"
         )
+    check_description(config, path)
     return config
 
 
 def _read_weights(path: Path) -> dict[str, torch.Tensor]:
     try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        header, state = read_safetensors(path)
     except (SafetensorError, OSError) as error:
         raise UsageError(f"{path} cannot be read ({error}): the artefact is incomplete or damaged") from error
     if header.get("sha256") != content_hash(state):

@@ -5,6 +5,7 @@ the end.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -59,7 +60,7 @@ def new_folder(folder: Path, *, overwrite: bool) -> Iterator[Path]:
     check_output(folder, overwrite=overwrite)
     building = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        building.chmod(0o755)  # mkdtemp makes it private
+        publish(building)  # mkdtemp makes it private
         yield building
         _put_in_place(building, folder)
     except OSError as error:
@@ -68,6 +69,13 @@ def new_folder(folder: Path, *, overwrite: bool) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(building, ignore_errors=True)
+
+
+def publish(path: Path) -> None:
+    """Give a file or folder that was made private the permissions that an ordinary new one has."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
 
 def _put_in_place(building: Path, folder: Path) -> None:

@@ -6,6 +6,8 @@ What may be written as a reference is in `references`; how files are read, in `w
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +24,7 @@ from datafree.references import Blueprint, build, build_model
 from datafree.seeds import derive_seed
 from datafree.spec import Spec, resolve_path
 from datafree.store import content_hash
+from datafree.user_code import place_of
 from datafree.weights import check_finite, load_into, load_weights
 
 __all__ = [
@@ -46,6 +49,7 @@ class ParentSpec(Spec):
     model:      a model reference; `arguments` go to whatever it names
     weights:    a checkpoint file; "builder" where a python: callable returns a trained model; "digits:NAME"
                 for an expert of the quickstart
+    weights_key: which state dict, where the file holds several: model_ema, or ema.state_dict for one inside another
     random_weights, pretrained: the two other ways to have weights, both said openly; `pretrained` may fetch
                 files and needs `allow_download: true` beside it
     preprocess: whatever the model's own configuration does not say, or says differently
@@ -55,6 +59,7 @@ class ParentSpec(Spec):
     model: str
     arguments: dict[str, Any] = pydantic.Field(default_factory=dict)
     weights: str | None = None
+    weights_key: str | None = None
     random_weights: bool = False
     pretrained: bool = False
     allow_download: bool = False
@@ -66,6 +71,8 @@ class ParentSpec(Spec):
         given = [key for key in ("weights", "random_weights", "pretrained") if getattr(self, key)]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} are given together: give exactly one source of weights")
+        if self.weights_key is not None and (self.random_weights or self.pretrained):
+            raise ValueError("weights_key names an entry of a weights file, and there is none: remove it")
         if self.pretrained and not self.allow_download:
             raise ValueError(
                 "pretrained: true may fetch weights from the network: say `allow_download: true` as well, "
@@ -145,7 +152,7 @@ def _load(spec: ParentSpec, name: str, base: Path, probe: bool, progress: Progre
         arguments=dict(spec.arguments),
         weights=path,
         fingerprint=content_hash(state),
-        notes=notes,
+        notes=blueprint.notes + notes,
     )
 
 
@@ -183,7 +190,7 @@ def _fill(
             )
     path = resolve_path(spec.weights, base) if spec.weights is not None else blueprint.weights
     assert path is not None
-    state, notes = load_weights(path)
+    state, notes = load_weights(path, spec.weights_key, blueprint.module)
     return path, notes + load_into(blueprint.module, state, path.name)
 
 
@@ -242,13 +249,16 @@ def _outputs(module: nn.Module, preprocess: Preprocess) -> int:
     shape = " x ".join(str(side) for side in preprocess.shape)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     try:
-        with mode, torch.no_grad():
+        with mode, torch.no_grad(), contextlib.redirect_stdout(sys.stderr):
             state: dict[str, torch.Tensor] = {
                 key: mode.from_tensor(value) for key, value in module.state_dict(keep_vars=True).items()
             }
             output = torch.func.functional_call(module, state, (torch.zeros(2, *preprocess.shape),))
-    except (RuntimeError, ValueError, AssertionError, TypeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except Exception as error:  # whatever the user's forward raises
+        reason = str(error).splitlines()[0] if str(error) else ""
+        reason = reason if isinstance(error, RuntimeError) else f"{type(error).__name__}: {reason}"
+        where = place_of(error)
+        reason += f" ({where})" if where else ""
         raise UsageError(
             f"the model does not accept an image of {shape} (channels x height x width): {reason}. "
             "Check preprocess (size, and as many numbers in mean as channels)"

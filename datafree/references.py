@@ -8,18 +8,17 @@ local-dir:FOLDER                     a folder that this tool or timm saved
 from __future__ import annotations
 
 import difflib
-import hashlib
-import importlib
-import importlib.util
 import json
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
+from datafree import user_code
 from datafree.errors import UsageError
 from datafree.spec import resolve_path
 
@@ -31,7 +30,17 @@ SPELLINGS = (
     "local-dir:FOLDER",
 )
 ARTEFACT_MARK = "datafree"  # the key in config.json that tells this tool's folders from timm's
-_DOWNLOADING = ("pretrained", "weights", "weights_backbone", "checkpoint_path", "pretrained_cfg")
+LIBRARIES = ("timm:", "torchvision:")  # kinds that mean the same on every machine and run no code of a file
+_DOWNLOADING = (
+    "pretrained", "weights", "weights_backbone", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay",
+    "cache_dir",
+)  # fmt: skip
+WRAPPERS = (
+    ("OptimizedModule", "_orig_mod"),
+    ("DataParallel", "module"),
+    ("DistributedDataParallel", "module"),
+)
+_NAMES = ("model_name", "name")  # what timm and torchvision call the architecture itself
 
 
 @dataclass(frozen=True)
@@ -43,6 +52,7 @@ class Blueprint:
     come from
     weights: the checkpoint lying beside the architecture in a `local-dir:`, or None
     trained: True when the module already carries its weights
+    notes:   one sentence for everything that was done to what a user's callable returned
     """
 
     module: nn.Module
@@ -51,6 +61,7 @@ class Blueprint:
     weights: Path | None = None
     trained: bool = False
     classes: tuple[str, ...] | None = None
+    notes: tuple[str, ...] = ()
 
 
 Builder = Callable[[str, Mapping[str, Any], Path, bool], Blueprint]
@@ -142,16 +153,71 @@ def _python(rest: str, arguments: Mapping[str, Any], base: Path, pretrained: boo
     module = (
         _module_from_file(place, base, reference)
         if place.endswith(".py")
-        else _module_by_name(place, reference)
+        else _module_by_name(place, reference, base)
     )
     function = getattr(module, name, None)
+    if isinstance(function, nn.Module):
+        raise UsageError(
+            f"{reference}: {name!r} in {place} is a model, not what builds one; both parents would share it. Name the "
+            f"class, or a function that returns it: `def make(): return {type(function).__name__}(...)`"
+        )
     if not callable(function):
         found = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise UsageError(f"{reference}: {place} has no callable {name!r}{_suggest(name, found)}")
-    built = _call(function, reference, dict(arguments))
+    built, notes = plain_module(_call(function, reference, dict(arguments)), reference)
+    return Blueprint(built, {}, reference, notes=notes)
+
+
+def plain_module(built: Any, reference: str) -> tuple[nn.Module, tuple[str, ...]]:
+    """The network in what a user's callable returned, on the CPU, and what had to be taken off it.
+
+    `torch.compile(...)`, DataParallel and DistributedDataParallel are unwrapped wherever they stand. Raises
+    UsageError for anything that is no module with values: TorchScript, meta tensors, layers never initialised.
+    """
     if not isinstance(built, nn.Module):
         raise UsageError(f"{reference} returned a {type(built).__name__}: it must return a torch.nn.Module")
-    return Blueprint(built, {}, reference, classes=None)
+    module, notes = built, []
+    for kind, name in WRAPPERS:
+        module, found = _unwrap(module, kind, name)
+        notes += [f"{reference} returned a network in {kind}, which was taken off"] * found
+    if any(isinstance(part, torch.jit.ScriptModule) for part in module.modules()):
+        raise UsageError(
+            f"{reference} returned a TorchScript module: return the torch.nn.Module it was made from"
+        )
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    lazy = [name for name, tensor in tensors if is_lazy(tensor)]
+    if lazy:
+        raise UsageError(
+            f"{reference} returned a network whose shapes are not known yet ({lazy[0]}): give its lazy layers their "
+            "sizes, or run it on one batch before returning it"
+        )
+    meta = [name for name, tensor in tensors if tensor.is_meta]
+    if meta:
+        raise UsageError(
+            f"{reference} returned tensors without values (device meta: {meta[0]} and {len(meta) - 1} more): build "
+            "the network on the CPU, without `with torch.device('meta')` or init_empty_weights"
+        )
+    devices = {str(tensor.device) for _, tensor in tensors} - {"cpu"}
+    if devices:
+        notes.append(
+            f"{reference} returned a network on {', '.join(sorted(devices))}, which was moved to the CPU"
+        )
+        module = module.cpu()
+    return module, tuple(notes)
+
+
+def _unwrap(module: nn.Module, kind: str, name: str) -> tuple[nn.Module, bool]:
+    """`module` without wrappers of the class `kind`, which hold what they wrap as `name`; and if there were any."""
+    found = False
+    while type(module).__name__ == kind and isinstance(getattr(module, name, None), nn.Module):
+        module, found = getattr(module, name), True
+    if kind == "OptimizedModule" and getattr(module, "_compiled_call_impl", None) is not None:
+        module._compiled_call_impl, found = None, True  # pyright: ignore[reportAttributeAccessIssue]
+    for key, child in list(module._modules.items()):
+        if child is not None:
+            module._modules[key], inside = _unwrap(child, kind, name)
+            found |= inside
+    return module, found
 
 
 @register("local-dir")
@@ -231,27 +297,11 @@ def _quiet(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _call(function: Callable[..., Any], reference: str, arguments: Mapping[str, Any]) -> Any:
-    try:
-        return function(**arguments)
-    except (
-        TypeError
-    ) as error:  # a misspelt or missing argument; other errors are the model's own and keep their trace
-        shown = {
-            key: value
-            for key, value in arguments.items()
-            if key not in ("model_name", "name", "weights", "pretrained")
-        }
-        raise UsageError(f"{reference} does not take the arguments {shown}: {error}") from error
+    return user_code.call(function, reference, arguments)
 
 
-def _module_by_name(name: str, reference: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        raise UsageError(
-            f"{reference}: no module named {error.name!r}; install it, or give a file: "
-            "python:relative/file.py:callable"
-        ) from error
+def _module_by_name(name: str, reference: str, base: Path | None = None) -> Any:
+    return user_code.import_module(name, base or Path.cwd(), reference)
 
 
 def _module_from_file(place: str, base: Path, reference: str) -> Any:
@@ -260,24 +310,13 @@ def _module_from_file(place: str, base: Path, reference: str) -> Any:
         raise UsageError(
             f"{reference}: the file {path} does not exist (paths start from the recipe's folder, {base})"
         )
-    # A name made of the whole path: two files of one name do not collide, and one file is executed once.
-    name = f"datafree_reference_{hashlib.sha256(str(path).encode()).hexdigest()[:16]}"
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise UsageError(f"{reference}: {path} cannot be loaded as a Python module")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
+    return user_code.import_file(path, reference)
 
 
 def _refuse_downloads(reference: str, arguments: Mapping[str, Any]) -> None:
+    twice = [key for key in _NAMES if key in arguments]
+    if twice:
+        raise UsageError(f"{reference}: the argument {twice[0]!r} would name another model: remove it")
     named = [key for key in _DOWNLOADING if key in arguments]
     if named:
         raise UsageError(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import jinja2
 
+from datafree.card_data import UNKNOWN_LICENSE, metadata, own_row, reference_name, without_paths
 from datafree.results import Results, cells, columns
 from datafree.text import json_text as json_text  # handed on: the pipeline asks for it here
 
@@ -46,13 +47,17 @@ def model_card(
     results: Results | None = None,
     proxies: Sequence[Mapping[str, Any]] = (),
 ) -> str:
-    """README.md of an artefact."""
+    """README.md of an artefact: metadata for the Hugging Face Hub, then text. No path of this machine is in it."""
+    own = None if results is None else own_row(description, results)
     return _render(
         "card.md.j2",
+        metadata=metadata(description, results),
+        unknown_license=UNKNOWN_LICENSE,
         description=description,
         result=result,
         results=results,
         table=None if results is None else _table(results),
+        own=None if results is None or own is None else results.rows.index(own),
         proxies=proxies,
         worst=sorted(result.layers, key=lambda layer: -layer.residual)[:5],
     )
@@ -68,6 +73,11 @@ def _table(results: Results) -> dict[str, Any]:
     }
 
 
+def _cell(text: str) -> str:
+    """Text in a cell of a Markdown table."""
+    return " ".join(text.replace("|", "\\|").split())
+
+
 def _render(template: str, **values: Any) -> str:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("datafree"),
@@ -77,4 +87,5 @@ def _render(template: str, **values: Any) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    environment.filters |= {"without_paths": without_paths, "reference_name": reference_name, "cell": _cell}
     return environment.get_template(template).render(**values)

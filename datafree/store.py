@@ -26,6 +26,7 @@ from torch import Tensor
 
 from datafree.cache_limit import RUNNING, trim, used
 from datafree.errors import DatafreeError, RunError
+from datafree.folders import publish
 
 SCHEMA = 1
 CACHE_VARIABLE = "DATAFREE_CACHE"
@@ -87,9 +88,7 @@ class Store:
         if not path.exists():
             return None
         try:
-            with safe_open(path, framework="pt") as file:
-                header = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            header, tensors = read_safetensors(path)
         except (SafetensorError, OSError) as error:
             raise DamagedStage(f"{path} cannot be read ({error})") from error
         if header.get("key") != key:
@@ -97,8 +96,12 @@ class Store:
         value = header.get("value", "null")
         if header.get("sha256") != content_hash(tensors, value):
             raise DamagedStage(f"{path} does not have the content it was written with")
+        try:
+            known = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise DamagedStage(f"{path} holds a value that is not JSON ({error})") from error
         used(self.root, path)
-        return Stage(tensors, json.loads(value))
+        return Stage(tensors, known)
 
     def write(self, stage: str, key: str, tensors: Mapping[str, Tensor], value: Any = None) -> None:
         """Keep a finished stage. Raises RunError when the cache cannot be written."""
@@ -146,10 +149,26 @@ def plain_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return plain
 
 
+def read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors of a safetensors file.
+
+    Raises SafetensorError or OSError, and nothing else, for a file that is damaged or is none.
+    """
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path.name} is not a file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+            return file.metadata() or {}, {name: file.get_tensor(name) for name in names}
+    except (AttributeError, KeyError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise SafetensorError(f"a header that torch cannot follow: {error}") from error
+
+
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """A safetensors file whose bytes depend on its content alone.
 
-    The library writes the metadata's keys in random order; the header is written again, sorted, in its place.
+    The library writes the metadata's keys in random order; the header is written again, sorted, in its place. Its
+    file is private; ours has the permissions of any new file.
     """
     save_file(dict(tensors), path, metadata=dict(metadata))
     with path.open("r+b") as file:
@@ -160,6 +179,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
         assert len(written) <= size, "the same header in another order is as long"
         file.seek(8)
         file.write(written.ljust(size))
+    publish(path)
 
 
 def content_hash(tensors: Mapping[str, Tensor], text: str = "") -> str:

@@ -1,88 +1,134 @@
-"""Checkpoint files -> state dicts -> models, without ever running code that a file carries."""
+"""From what a checkpoint holds to a model's weights: which entry, under which names, in which numbers.
+
+Nothing is guessed in silence: everything that was chosen, stripped, dropped or converted is one sentence in the notes.
+"""
 
 from __future__ import annotations
 
-import pickle
+import copy
+import difflib
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from datafree.checkpoint_files import read_checkpoint
 from datafree.errors import UsageError
 
-TORCH_SUFFIXES = (".pt", ".pth", ".th", ".bin", ".ckpt")
-WRAPPERS = ("state_dict", "model_state_dict", "model")
-PREFIXES = ("module.", "_orig_mod.")  # left by DataParallel and by torch.compile
+State = Mapping[str, Tensor]
+
+PREFIXES = ("module.", "_orig_mod.", "model.", "net.")  # of wrappers: DataParallel, torch.compile, Lightning
+_WRAPPERS = re.compile(r"(?<=\.)(?:module|_orig_mod)\.")  # the same, around a part of the network
+COUNTERS = ("total_ops", "total_params")  # left in the model by tools that count operations
+_BATCHES = "num_batches_tracked"  # counted while training; evaluation never reads it
+_FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
+_DEEPEST = 3  # dicts in dicts in which a state dict is looked for
 _LISTED = 6
 
 
-def load_weights(path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """State dict in a checkpoint file, and one sentence for everything that was unwrapped or stripped on the
-    way.
+def load_weights(
+    path: Path, key: str | None = None, model: nn.Module | None = None
+) -> tuple[State, tuple[str, ...]]:
+    """The state dict in a checkpoint file, and one sentence for everything that was chosen on the way.
 
-    Reads `.safetensors`, and `.pt`, `.pth`, `.th`, `.bin`, `.ckpt` with `weights_only=True`. Raises
-    UsageError for a file that is missing, truncated, not a checkpoint, or that holds pickled Python objects;
-    those are never executed.
+    key:   which entry, where the file holds several: "model_ema", or "ema.state_dict" for one inside another
+    model: decides between several entries where one alone has its tensors
+    Raises UsageError for a file that cannot be read (see `read_checkpoint`), that holds no state dict, or several.
     """
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise UsageError(f"weights file {path} {what}: give a .safetensors, .pt, .pth or .th file")
-    if path.suffix == ".safetensors":
-        return _unwrap(_read_safetensors(path), path)
-    if path.suffix in TORCH_SUFFIXES:
-        return _unwrap(_read_torch(path), path)
-    raise UsageError(
-        f"weights file {path}: unknown ending {path.suffix!r}; known are .safetensors, "
-        f"{', '.join(TORCH_SUFFIXES)}"
-    )
+    content = read_checkpoint(path)
+    found = dict(_states(content))
+    if key is not None:
+        if key not in found:
+            known = [name for name in found if name]
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            listed = (
+                f"it has {_listing(map(repr, known))}"
+                if known
+                else "the file itself is one state dict: remove it"
+            )
+            raise UsageError(f"weights_key: {path} has no state dict under {key!r}{hint} ({listed})")
+        return found[key], (f"{path.name}: the state dict under {key!r} was taken, as weights_key says",)
+    if not found:
+        raise UsageError(_nothing(content, path))
+    fitting = [name for name in found if model is None or _fits(found[name], model)]
+    chosen = fitting if len(fitting) == 1 else list(found)
+    if len(chosen) > 1:
+        listed = ", ".join(f"{name!r} ({len(found[name])} tensors)" for name in found)
+        raise UsageError(
+            f"{path} holds several state dicts: {listed}. Say which one to take, for example `weights_key: {chosen[0]}`"
+        )
+    name, notes = chosen[0], []
+    if name:
+        notes.append(f"{path.name}: the state dict stood under {name!r}")
+    if len(found) > 1:
+        others = ", ".join(repr(other) for other in found if other != name)
+        notes.append(f"{path.name}: {others} in the same file does not fit the model and was left")
+    if not name and isinstance(content, Mapping) and len(found[name]) < len(content):
+        rest = [str(other) for other in content if other not in found[name]]
+        notes.append(f"{path.name}: what is no tensor was left: {_listing(rest)}")
+    return found[name], tuple(notes)
 
 
-def load_into(model: nn.Module, state: Mapping[str, Tensor], source: str) -> tuple[str, ...]:
-    """Copy `state` into `model`, every key or none; returns notes.
+def load_into(model: nn.Module, state: State, source: str) -> tuple[str, ...]:
+    """Copy `state` into `model`, every tensor or none; returns notes.
 
-    Raises UsageError listing keys that are missing, unexpected or of another shape, and tensors with NaN or
-    infinity. Absent `num_batches_tracked` counters are tolerated and noted: evaluation does not read them.
+    Prefixes of wrappers are stripped where the model lacks them, counters dropped, and the model's own load hooks
+    translate old names. Raises UsageError listing keys that are missing, unexpected or of another shape, numbers that
+    are no weights (integers, 8-bit floats, ...) and tensors with NaN or infinity. `num_batches_tracked` may be
+    missing or superfluous: evaluation does not read it.
     """
     own = model.state_dict()
-    missing = [key for key in own if key not in state]
-    counters = [key for key in missing if key.endswith("num_batches_tracked")]
-    missing = [key for key in missing if key not in counters]
-    unexpected = [key for key in state if key not in own]
-    misshapen = [
-        f"{key} (file {tuple(state[key].shape)}, model {tuple(own[key].shape)})"
-        for key in own
-        if key in state and state[key].shape != own[key].shape
-    ]
-    problems = [
-        f"{name}: {_listing(keys)}"
-        for name, keys in (("missing", missing), ("unexpected", unexpected), ("wrongly shaped", misshapen))
-        if keys
-    ]
+    packed = [f"{key} ({_kind(value)})" for key, value in state.items() if not _is_plain(value)]
+    if packed:
+        raise UsageError(_no_weights(source, packed))
+    state, notes = rename(state, own, source)
+    problems, absent = _try(model, state, own)
     if problems:
         raise UsageError(
             f"the weights in {source} do not fit the model; {'; '.join(problems)}. "
             "Check the model reference and its arguments (number of classes, width, depth)"
         )
+    state, converted = _converted(state, own, source)
     check_finite(state, source)
+    if absent:
+        notes.append(f"{len(absent)} {_BATCHES} counters are absent from the file: evaluation ignores them")
+    with torch.no_grad():
+        model.load_state_dict(dict(state), strict=False)
+    return (*notes, *converted)
+
+
+def rename(state: State, own: State, source: str) -> tuple[dict[str, Tensor], list[str]]:
+    """`state` under the names of `own`: without wrappers' prefixes and counters that `own` lacks; and what was done."""
     notes = []
-    narrow = sorted({str(value.dtype) for key, value in state.items() if value.dtype != own[key].dtype})
-    if narrow:
-        notes.append(f"weights stored as {', '.join(narrow)} were converted to the model's own type")
-    if counters:
-        notes.append(
-            f"{len(counters)} num_batches_tracked counters are absent from the file: evaluation ignores them"
-        )
-    model.load_state_dict(dict(state), strict=not counters)
-    return tuple(notes)
+    leaves = {key.rpartition(".")[2] for key in own}
+    surplus = {key.rpartition(".")[2] for key in state} & {*COUNTERS, _BATCHES} - leaves
+    if surplus:
+        dropped = [key for key in state if key.rpartition(".")[2] in surplus]
+        state = {key: value for key, value in state.items() if key not in dropped}
+        named = ", ".join(sorted(surplus))
+        notes.append(f"{source}: {len(dropped)} counters ({named}) were dropped: the model has none")
+    best, taken = dict(state), ()
+    for candidate, prefixes in _stripped(best):
+        if _shared(candidate, own) > _shared(best, own):
+            best, taken = candidate, prefixes
+    inner = {_WRAPPERS.sub("", key): value for key, value in best.items()}
+    if len(inner) == len(best) and _shared(inner, own) > _shared(best, own):
+        best = inner
+        notes.append(f"{source}: 'module.' and '_orig_mod.' inside the keys were stripped")
+    notes[:0] = [f"{source}: the prefix {prefix!r} of every key was stripped" for prefix in taken]
+    return best, notes
 
 
-def check_finite(state: Mapping[str, Tensor], source: str) -> None:
-    """Raises UsageError naming every floating tensor of `state` that holds NaN or infinity."""
+def check_finite(state: State, source: str) -> None:
+    """Raises UsageError naming every tensor of `state` that holds NaN or infinity, or numbers that are no weights."""
+    odd = [key for key, value in state.items() if value.is_floating_point() and value.dtype not in _FLOATS]
+    if odd:
+        raise UsageError(_no_weights(source, [f"{key} ({_dtype(state[key])})" for key in odd]))
     broken = [key for key, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
     if broken:
         raise UsageError(
@@ -91,82 +137,161 @@ def check_finite(state: Mapping[str, Tensor], source: str) -> None:
         )
 
 
-def _read_safetensors(path: Path) -> object:
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise UsageError(
-            f"{path} is not a safetensors file, or it is truncated ({error}): fetch it again"
-        ) from error
+# Which entry ------------------------------------------------------------------------------------------------
 
 
-def _read_torch(path: Path) -> object:
-    with path.open("rb") as file:
-        magic = file.read(4)
-    if not magic.startswith((b"PK\x03\x04", b"\x80")):  # zip archive; pickle protocol 2 and above
-        raise UsageError(
-            f"{path} is not a PyTorch checkpoint: {_first_bytes(magic)}; it was perhaps not fetched whole"
-        )
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", UserWarning
-            )  # what they warn of is told below, or does not matter
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        raise UsageError(
-            f"{path} holds pickled Python objects{f' ({found.group(1)})' if found else ''} besides tensors; "
-            "unpickling them could run code, so they are refused. Save model.state_dict() alone and give "
-            "that file"
-        ) from error
-    except (RuntimeError, EOFError, LookupError, ValueError, OSError) as error:
-        if "TorchScript" in str(error):
-            raise UsageError(
-                f"{path} is a TorchScript archive: save its state_dict() with torch.save and give that file"
-            ) from error
-        reason = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        raise UsageError(
-            f"{path} is truncated or not a PyTorch checkpoint ({reason}): fetch it again"
-        ) from error
+def _states(content: object, path: str = "", depth: int = 0) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """State dicts in a checkpoint by where they stand, the outermost of each branch; "" is the file itself."""
+    if not isinstance(content, Mapping) or depth > _DEEPEST:
+        return
+    inner = []
+    for name, value in content.items():
+        if isinstance(name, str):
+            inner += _states(value, f"{path}.{name}" if path else name, depth + 1)
+    tensors = {
+        key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)
+    }
+    # Numbers of the training run may stand beside a state dict as tensors: the state dict is what is meant.
+    if inner:
+        yield from inner
+    elif tensors and 2 * len(tensors) >= len(content):
+        yield path, tensors
 
 
-def _unwrap(content: object, path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    notes = []
-    if isinstance(content, Mapping) and not _is_state(content):
-        wrapper = next((name for name in WRAPPERS if isinstance(content.get(name), Mapping)), None)
-        if wrapper is None:
-            keys = _listing([str(key) for key in content]) if content else "nothing"
-            raise UsageError(
-                f"{path} holds no state dict: tensors by name, or such a dict under "
-                f"{', '.join(map(repr, WRAPPERS))}, "
-                f"are expected; it holds {keys}"
+def _fits(state: State, model: nn.Module) -> bool:
+    own = model.state_dict()
+    renamed, _ = rename(state, own, "")
+    return not _try(model, renamed, own)[0]
+
+
+def _nothing(content: object, path: Path) -> str:
+    if not isinstance(content, Mapping):
+        return f"{path} holds no state dict but a {type(content).__name__}: save model.state_dict()"
+    keys = _listing([str(key) for key in content]) if content else "nothing"
+    return (
+        f"{path} holds no state dict: tensors by name, or such a dict under a name of its own, are expected; "
+        f"it holds {keys}"
+    )
+
+
+# Which names ------------------------------------------------------------------------------------------------
+
+
+def _stripped(state: Mapping[str, Tensor]) -> Iterator[tuple[dict[str, Tensor], tuple[str, ...]]]:
+    """`state` with one, two, ... prefixes taken off that every key has, in whatever order they stand."""
+    taken: tuple[str, ...] = ()
+    current = dict(state)
+    while True:
+        prefix = next((one for one in PREFIXES if all(key.startswith(one) for key in current)), None)
+        if prefix is None or not current:
+            return
+        current = {key.removeprefix(prefix): value for key, value in current.items()}
+        taken = (*taken, prefix)
+        yield current, taken
+
+
+def _shared(state: Mapping[str, Tensor], own: State) -> int:
+    return sum(key in own for key in state)
+
+
+def _try(model: nn.Module, state: State, own: State) -> tuple[list[str], list[str]]:
+    """What keeps `state` from fitting `model`, and the counters it lacks: found on a copy without memory of its own,
+    because the model's hooks may translate names while loading."""
+    held = [value for part in model.modules() for value in vars(part).values() if isinstance(value, Tensor)]
+    memo: dict[int, object] = {id(value): value.detach().to("meta") for value in (*held, *model.buffers())}
+    for parameter in model.parameters():
+        memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
+    shadow = copy.deepcopy(model, memo)
+    shapes = {key: torch.empty(_shape_of(value), device="meta") for key, value in state.items()}
+    wrong = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        try:
+            missing, unexpected = shadow.load_state_dict(shapes, strict=False)
+        except RuntimeError as error:
+            wrong = re.findall(
+                r"size mismatch for (\S+): .* (?:torch.Size\(\[(.*?)\]\)).* (?:torch.Size\(\[(.*?)\]\))",
+                str(error),
             )
-        notes.append(f"{path.name}: the state dict stood under {wrapper!r}")
-        content = content[wrapper]
-    if not isinstance(content, Mapping) or not _is_state(content):
-        raise UsageError(f"{path} holds no state dict but {_describe(content)}: save model.state_dict()")
-    state: dict[str, Tensor] = dict(content)
-    for prefix in PREFIXES:
-        if all(key.startswith(prefix) for key in state):
-            state = {key.removeprefix(prefix): value for key, value in state.items()}
-            notes.append(f"{path.name}: the prefix {prefix!r} of every key was stripped")
-    return state, tuple(notes)
+            if not wrong:  # a hook of the model refuses
+                return [" ".join(str(error).split())[:300]], []
+            missing, unexpected = (
+                [key for key in own if key not in state],
+                [key for key in state if key not in own],
+            )
+    absent = [
+        key for key in own if key.endswith(_BATCHES) and key not in state
+    ]  # batch norms fill them in unasked
+    given = {value.data_ptr() for key, value in own.items() if key in state and value.numel()}
+    tied = [key for key in missing if own[key].numel() and own[key].data_ptr() in given]
+    named = {
+        "missing": [key for key in missing if key not in absent and key not in tied],
+        "unexpected": list(unexpected),
+        "wrongly shaped": [f"{key} (file {_shape(file)}, model {_shape(mine)})" for key, file, mine in wrong],
+    }
+    return [f"{name}: {_listing(keys)}" for name, keys in named.items() if keys], absent
 
 
-def _is_state(content: Mapping[object, object]) -> bool:
-    return bool(content) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in content.items())
+def _is_plain(value: Tensor) -> bool:
+    return value.layout == torch.strided and not (value.is_quantized or value.is_meta or value.is_nested)
 
 
-def _describe(content: object) -> str:
-    if isinstance(content, Mapping):
-        odd = [str(key) for key, value in content.items() if not isinstance(value, Tensor)]
-        return f"values that are not tensors under {_listing(odd)}" if odd else "an empty dict"
-    return f"a {type(content).__name__}"
+def _shape_of(value: Tensor) -> tuple[int, ...]:
+    return tuple(value.shape) if _is_plain(value) else ()
 
 
-def _first_bytes(magic: bytes) -> str:
-    return f"it begins with the bytes {magic!r}" if magic else "it is empty"
+def _shape(text: str) -> str:
+    return str(tuple(int(side) for side in text.split(",") if side.strip()))
+
+
+# Which numbers ----------------------------------------------------------------------------------------------
+
+
+def _converted(state: State, own: State, source: str) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """`state` in the model's own types where that loses nothing that is meant; and what was converted."""
+    result, narrow, odd = {}, set(), []
+    for key, value in state.items():
+        wanted = own[key].dtype if key in own else None
+        floating = wanted.is_floating_point if wanted is not None else value.is_floating_point()
+        result[key] = value
+        if wanted is None or value.dtype == wanted:
+            if floating and value.dtype not in _FLOATS:
+                odd.append(f"{key} ({_dtype(value)})")
+            continue
+        if floating and value.dtype in _FLOATS:
+            narrow.add(str(value.dtype))
+            result[key] = value.to(wanted)
+        elif not floating and key.endswith(_BATCHES) and not value.is_complex():
+            result[key] = value.to(wanted)
+        elif (
+            floating or value.dtype not in _WHOLE or not torch.equal(value.to(wanted).to(value.dtype), value)
+        ):
+            odd.append(f"{key} ({_dtype(value)})")
+        else:
+            narrow.add(str(value.dtype))
+            result[key] = value.to(wanted)
+    if odd:
+        raise UsageError(_no_weights(source, odd))
+    if not narrow:
+        return result, ()
+    return result, (f"weights stored as {', '.join(sorted(narrow))} were converted to the model's own type",)
+
+
+def _no_weights(source: str, odd: list[str]) -> str:
+    return (
+        f"the weights in {source} are stored as other numbers than weights are: {_listing(odd)}; such files are "
+        "quantised or packed and need their own code to be read. Give the checkpoint in float32, float16 or bfloat16 "
+        "it was made from, or convert it back first"
+    )
+
+
+def _dtype(value: Tensor) -> str:
+    return str(value.dtype).removeprefix("torch.")
+
+
+def _kind(value: Tensor) -> str:
+    kinds = {"quantised": value.is_quantized, "nested": value.is_nested, "without values": value.is_meta}
+    return next((kind for kind, is_it in kinds.items() if is_it), str(value.layout).removeprefix("torch."))
 
 
 def _listing(names: Iterable[str]) -> str:

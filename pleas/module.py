@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from pleas.counting import counting
 from pleas.errors import InputError
+from pleas.graph_check import check_config, check_op
 
 
 class BlockLayer(nn.Module):
@@ -198,13 +199,15 @@ def program_config(module: nn.Module) -> dict[str, Any] | None:
 def module_from_config(config: Mapping[str, Any]) -> MergedNetwork:
     """Inverse of `program_config`, with uninitialised weights: follow with `load_state_dict`.
 
-    Only ops of the `aten` namespace and `operator` are accepted, so a config cannot name code to run.
+    Only ops of the `aten` namespace and `operator` are accepted, names are plain names, and no argument can be a
+    file's name, so a config can neither run code nor open a file. Raises InputError for anything else.
     """
     if config.get("format") != 1:
         raise InputError(
             f"module config has format {config.get('format')!r}, this version reads format 1: "
             "it was saved by another version of datafree"
         )
+    check_config(config)
     graph = graph_from_data(config["graph"])
     layers = {name: BlockLayer(**spec) for name, spec in config["layers"].items()}
     tensors = {
@@ -273,7 +276,9 @@ def _target_from_data(op: str, target: str) -> Any:
     name, _, overload = rest.partition(".")
     if namespace != "aten" or not hasattr(torch.ops.aten, name):
         raise InputError(f"module config calls '{target}': only aten ops and plain operators are allowed")
-    return getattr(getattr(torch.ops.aten, name), overload or "default")
+    found: Any = getattr(getattr(torch.ops.aten, name), overload or "default", None)
+    check_op(found, f"call of '{target}'")
+    return found
 
 
 def _to_data(value: Any) -> Any:

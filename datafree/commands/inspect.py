@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import pleas
-from datafree.artefact import CARD, load
+from datafree.artefact import load, read_card
 from datafree.errors import UsageError
 from datafree.recipe import load_recipe
 from datafree.references import build
@@ -65,7 +65,7 @@ def _artefact(folder: Path, as_json: bool) -> str:
     artefact = load(folder)
     if as_json:
         return json_text({key: value for key, value in artefact.config.items() if key != "network"})
-    return (folder / CARD).read_text(encoding="utf-8")
+    return read_card(folder)
 
 
 def _from_recipe(recipe: str) -> tuple[nn.Module, torch.Tensor]:

@@ -115,7 +115,7 @@ def test_the_report_and_the_cards_are_readable(outcome: Outcome) -> None:
     assert "How they look to the parents" in page
     card = (outcome.artefacts[1] / "README.md").read_text()
     assert "# tiny, budget 1.4" in card
-    assert "| merged, budget 1.4 |" in card
+    assert "| **merged, budget 1.4** |" in card, "the row of this folder is bold"
 
 
 # the same again -----------------------------------------------------------------------------------
