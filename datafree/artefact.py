@@ -12,12 +12,8 @@ graph, which is plain data, so that loading an artefact never runs code that cam
 from __future__ import annotations
 
 import json
-<<<<<<< HEAD
 from collections import Counter
-from collections.abc import Mapping, Sequence
-=======
 from collections.abc import Callable, Mapping, Sequence
->>>>>>> h-files
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -35,12 +31,8 @@ from datafree.preprocess import Preprocess
 from datafree.rebuild import check_description, fill_own, rebuild
 from datafree.references import ARTEFACT_MARK, LIBRARIES
 from datafree.report import model_card
-<<<<<<< HEAD
-from datafree.store import content_hash, plain_tensors, write_safetensors
-from pleas.layout import everyone, owners
-=======
 from datafree.store import content_hash, plain_tensors, read_safetensors, write_safetensors
->>>>>>> h-files
+from pleas.layout import everyone, owners
 from pleas.module import build_network
 from pleas.symmetry import coupled, state_of
 
@@ -129,16 +121,11 @@ def save(
     license, base_models: for the model card, as the Hugging Face Hub names them
     Raises UsageError when the folder exists and `overwrite` is not given, RunError when it cannot be written.
     """
-<<<<<<< HEAD
     heads = make_heads(head_sizes(result), result.parents.names, classes)
-    description = Description(name, heads, reference, arguments or {}, preprocess)
-=======
-    heads = make_heads(head_sizes(result), classes)
     description = Description(
         name, heads, reference, arguments or {}, preprocess, license=license, base_models=tuple(base_models)
     )
     _check_plain(description.arguments)
->>>>>>> h-files
     module = portable(result, reference)
     with new_folder(Path(folder), overwrite=overwrite) as building:
         write_model(building, module, result, description)
@@ -170,15 +157,15 @@ def make_heads(
     names = [None] * len(sizes) if classes is None else list(classes)
     if len(names) != len(sizes):
         raise UsageError(f"classes has {len(names)} entries for {len(sizes)} heads: give one per head")
-    owners = (f"{', '.join(parents[:-1])} and {parents[-1]}",) if len(sizes) == 1 else tuple(parents)
-    for owner, size, labels in zip(owners, sizes, names, strict=True):
+    whose = (f"{', '.join(parents[:-1])} and {parents[-1]}",) if len(sizes) == 1 else tuple(parents)
+    for owner, size, labels in zip(whose, sizes, names, strict=True):
         if labels is not None and len(labels) != size:
             raise UsageError(
                 f"the head of {owner} has {size} outputs, but {len(labels)} label names were given"
             )
     return tuple(
         Head(owner, size, None if labels is None else tuple(labels))
-        for owner, size, labels in zip(owners, sizes, names, strict=True)
+        for owner, size, labels in zip(whose, sizes, names, strict=True)
     )
 
 
@@ -249,8 +236,8 @@ def write_model(
 
 
 def plan_table(parents: pleas.Parents, plan: pleas.Plan) -> list[dict[str, Any]]:
-    """Per class of units: how many all parents share, how many do not, whose the merged units are, and why where none may
-    be kept apart."""
+    """Per class of units: how many all parents share, how many they do not, whose the merged units are, and why where
+    none may be kept apart."""
     rows, symmetry = [], parents.symmetry
     for index, unit_class in enumerate(symmetry.classes):
         chosen = plan.classes[index]

@@ -36,8 +36,8 @@ Progress = Callable[[str, int, int], None]  # stage, done, total
 class TaskSpec(Spec):
     """One task in a recipe.
 
-    expert:       the name of the parent that was trained for it; absent (or "both") where all were. With separate labels
-                  it says which head answers
+    expert:       the name of the parent that was trained for it; absent (or "both") where all were. With separate
+                  labels it says which head answers
     label_offset: taken off every label, where the images' labels 5, 6, ... are the head's outputs 0, 1, ...
     """
 

@@ -218,8 +218,8 @@ class Recipe(Spec):
         for name in parents:
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
                 raise ValueError(
-                    f"{name!r} is no name for a parent: use letters, digits, '.', '_' and '-', starting with a letter or "
-                    "digit"
+                    f"{name!r} is no name for a parent: use letters, digits, '.', '_' and '-', starting with a "
+                    "letter or digit"
                 )
         return parents
 

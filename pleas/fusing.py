@@ -1,7 +1,10 @@
 """What fusing costs: the error that a merged unit makes for the layers that read it.
 
 Units x_p of the parents p in a mask, fused to their mean f, lose d_p = x_p - f. For a reader with weights V_p let
-R_p = Cov(d_p | f) be what the fused inputs leave of d_p. Fusing unit u costs parent p `sum tr(V_p R_u R_uu^-1 R_u^T V_p^T)`:
+R_p = Cov(d_p | f) be what the fused inputs leave of d_p. Fusing unit u costs parent p
+
+    tr(V_p R_u R_uu^-1 R_u^T V_p^T),
+
 the error one gains by handing the reader d_u in addition. It is relative to the variance of the reader's outputs, and
 costs add up over owners and readers. Covariances are those of the channels: what the kernel's positions share is left
 out, which makes the moments of a 3 x 3 convolution 81 times smaller (decision 12).

@@ -53,8 +53,8 @@ def merge(
 ) -> MergeResult:
     """Merge networks of one architecture on proxy inputs: `merge([a, b, c], inputs)` or `merge(a, b, inputs)`.
 
-    Permutations and least squares (PLeaS, arXiv 2407.02447), in closed form, every layer solved on what the merged network
-    feeds it.
+    Permutations and least squares (PLeaS, arXiv 2407.02447), in closed form, every layer solved on what the merged
+    network feeds it.
 
     inputs:  a collection of batches of normalised images (N, C, H, W); of tuples with one such batch for each parent
              where they normalise differently
@@ -88,8 +88,8 @@ def _taken_apart(given: Sequence[object]) -> tuple[list[nn.Module], Iterable[Bat
     strangers = [type(x).__name__ for x in modules if not isinstance(x, nn.Module)]
     if strangers or isinstance(inputs, nn.Module):
         raise InputError(
-            f"merge takes networks and then batches of images, as merge([a, b], batches) or merge(a, b, batches); it got "
-            f"{', '.join(strangers) if strangers else 'no batches'}"
+            f"merge takes networks and then batches of images, as merge([a, b], batches) or merge(a, b, batches); it "
+            f"got {', '.join(strangers) if strangers else 'no batches'}"
         )
     if isinstance(inputs, Tensor):
         raise InputError(

@@ -1,14 +1,14 @@
 """Least squares on what the merged network really feeds its layers.
 
-One walk through the graph in its order, parents and merged network side by side, all images at every step. When the walk
-reaches a layer everything before it is solved, so the layer is fitted on inputs
+One walk through the graph in its order, parents and merged network side by side, all images at every step. When the
+walk reaches a layer everything before it is solved, so the layer is fitted on inputs
 
     z = (1 - t) (mean of the owners' inputs) + t (what the merged network gives here),
 
 and its target is the mean of the owners' outputs. Where the output is first of all added to other branches, the target
 is the owners' mean of the *sum* less what the merged network's other branches give: a residual stream is put right at
-every block instead of drifting. With t = 0 every layer is solved by itself, as PLeaS does (arXiv 2407.02447, eq. 3); then
-nothing is corrected. Several values of t are walked together, because the parents' part is the same.
+every block instead of drifting. With t = 0 every layer is solved by itself, as PLeaS does (arXiv 2407.02447, eq. 3);
+then nothing is corrected. Several values of t are walked together, because the parents' part is the same.
 """
 
 from __future__ import annotations
@@ -379,8 +379,8 @@ class _Walk:
     # layers that are used several times -----------------------------------------------------------------------------
 
     def _equations_of_shared(self, shared: Sequence[Layer]) -> dict[str, Equations | KeptRows]:
-        """A weight that several nodes share is solved once, at its first use, when the merged network's inputs to the others are
-        not known yet: it is solved as with t = 0, on the parents' inputs to all of them."""
+        """A weight that several nodes share is solved once, at its first use, when the merged network's inputs to the
+        others are not known yet: it is solved as with t = 0, on the parents' inputs to all of them."""
         found: dict[str, Equations | KeptRows] = {}
         owner = {name: layer for layer in shared for name in layer.nodes}
         for layer in shared:

@@ -23,8 +23,8 @@ class MergeSettings:
                 "uniform" (the same share everywhere), "zip" (late layers apart first, as ZipIt! and PLeaS) or
                 "early" (early layers apart first)
     heads:      "shared" (one head, the mean of the parents' logits) or "separate" (one head per parent)
-    propagate:  of a layer's inputs, how much is what the merged network itself gives there, the rest being the mean of the
-                parents' inputs: 0 solves every layer by itself, 1 only on what it will meet; "auto" tries
+    propagate:  of a layer's inputs, how much is what the merged network itself gives there, the rest being the mean of
+                the parents' inputs: 0 solves every layer by itself, 1 only on what it will meet; "auto" tries
                 CANDIDATES and keeps the one whose logits are nearest to the parents' on held-out images
     ridge:      relative to the mean diagonal of the Gram matrix, towards the partial-merge weights
     head_ridge: the same for the layers whose outputs are the network's

@@ -126,7 +126,7 @@ def _grouped_prior(layer: Layer, parents: Sequence[tuple[Tensor, Tensor]], outpu
 
 @dataclass
 class Equations:
-    """Streaming sums of one layer's problem about its prior, group by group: rows (groups, n, d), targets (groups, n, o).
+    """Streaming sums of one layer's problem about its prior: rows (groups, n, d) and targets (groups, n, o).
 
     Products are taken in the rows' precision per batch and summed in float64 (float32 for very large layers), about a
     shift close to the mean.
@@ -233,8 +233,8 @@ class Equations:
 
 @dataclass
 class KeptRows:
-    """The same for linear layers too wide for a Gram matrix (VGG's first reads 25,088 inputs): the first MAX_ROWS rows are
-    kept, and the ridge problem is solved in its dual form, over rows."""
+    """The same for linear layers too wide for a Gram matrix (VGG's first reads 25,088 inputs): the first MAX_ROWS rows
+    are kept, and the ridge problem is solved in its dual form, over rows."""
 
     layer: Layer
     prior: Prior
@@ -348,8 +348,8 @@ def damped_solve(matrix: Tensor, damping: Tensor, right: Tensor, name: str) -> T
     """
     if not bool(torch.isfinite(matrix).all() and torch.isfinite(right).all()):
         raise NonFinite(
-            f"layer '{name}': its second moments are NaN or infinite. Look at the proxies with `datafree diagnose`, and "
-            "check the parents' weights and preprocessing."
+            f"layer '{name}': its second moments are NaN or infinite. Look at the proxies with `datafree diagnose`, "
+            "and check the parents' weights and preprocessing."
         )
     eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
     factor, failed = torch.linalg.cholesky_ex(matrix + damping[..., None, None] * eye)

@@ -31,8 +31,8 @@ class Statistics:
     """What one pass over the proxies leaves behind.
 
     units:  (weight, 1) -> moments of the layer's input units, (weight, 0) -> of its outputs, batch norm included,
-            (running mean, 0) -> of the input units of a batch norm that stands alone; (1, parents * units) each. Of inputs
-            that are too many (`is_wide`) nothing is kept: they are the outputs of another layer
+            (running mean, 0) -> of the input units of a batch norm that stands alone; (1, parents * units) each. Of
+            inputs that are too many (`is_wide`) nothing is kept: they are the outputs of another layer
     images: how many images were seen
     """
 
@@ -145,8 +145,8 @@ def for_each(batch: Batch, parents: Parents) -> list[Tensor]:
     ):
         found = [tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__ for x in batch]
         raise InputError(
-            f"a batch holds {found}, and there are {parents.count} parents: give one tensor (N, C, H, W) for all of them, "
-            "or a tuple of one each (labels do not belong there)"
+            f"a batch holds {found}, and there are {parents.count} parents: give one tensor (N, C, H, W) for all of "
+            "them, or a tuple of one each (labels do not belong there)"
         )
     return list(batch)
 

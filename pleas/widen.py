@@ -50,7 +50,7 @@ class Layouts:
         return self._values[key]
 
     def widened(self, node: fx.Node) -> dict[int, Layout]:
-        """The dimensions of an activation, the first output of an op that gives several, that are not the parents' own."""
+        """The dimensions of an activation (of the first, where an op gives several) that are not the parents' own."""
         value = node.meta["val"]
         value = value[0] if isinstance(value, tuple | list) else value
         if not isinstance(value, torch.Tensor):

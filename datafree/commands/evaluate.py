@@ -50,7 +50,7 @@ def run(folder: str, recipe: str, settings: Sequence[str], device: str, as_json:
 
 
 def _columns(artefact: Artefact, names: Sequence[str]) -> Columns:
-    """The heads of the artefact by the parents' names: a recipe may call them otherwise than the one that merged them."""
+    """The heads of the artefact by the recipe's names of the parents, which may not be those it was merged under."""
     sizes = [head.outputs for head in artefact.heads]
     if artefact.labels == "separate" and len(sizes) != len(names):
         raise UsageError(

@@ -27,7 +27,7 @@ class Rank:
 
 
 def ranks(networks: pleas.Parents, statistics: pleas.Statistics) -> list[list[Rank]]:
-    """Per parent and layer, from the covariance of the layer's input units; layers with too many inputs are left out."""
+    """Per parent and layer, from the covariance of the layer's input units; those with too many are left out."""
     found: list[list[Rank]] = [[] for _ in networks.names]
     for layer in networks.layers:
         moments = statistics.units.get((layer.weight, 1))

@@ -146,7 +146,7 @@ def _solved(
         averaged=tuple(told["averaged"]),
         propagate=told["propagate"],
         held_out_error=told["held_out_error"],
-        tried={t: error for t, error in told["tried"]},
+        tried=dict(told["tried"]),
     )
     return Merged(point, result)
 
