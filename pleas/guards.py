@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from pleas.errors import ArchitectureMismatch, NonFinite, PleasError, UnsupportedModel
 from pleas.layers import find_layers, find_norms
 from pleas.symmetry import Program, Symmetry, UnitClass, execute, export_program, logits_of, state_of
-from pleas.symmetry.copies import evaluation_copy, unwrap
+from pleas.symmetry.copies import device_of, evaluation_copy, unwrap
 from pleas.symmetry.rewrites import module_path
 from pleas.symmetry.undisturbed import own_copy, same_random_state
 
@@ -35,11 +35,11 @@ def check_forwards(
     Raises ArchitectureMismatch where a parent computes another function than the program, UnsupportedModel where a
     row of its output depends on the other images, NonFinite where its logits are not finite.
     """
-    names = names or parent_names(len(modules))
+    names, modules = names or parent_names(len(modules)), [unwrap(module) for module in modules]
     notes = list(check_same_function(program, modules, example, names))
     for module, name in zip(modules, names, strict=True):
         check_rows_alone(program, module, example, name)
-        if changes_input(module, _images(program, example).to(example.dtype)):
+        if changes_input(module, _images(program, example, module).to(example.dtype)):
             notes.append(
                 f"The forward of parent {name} changes its input in place: give every network a copy of the images."
             )
@@ -91,7 +91,7 @@ def check_same_function(
 
 def check_rows_alone(program: Program, module: nn.Module, example: Tensor, name: str = "a") -> None:
     """Raise UnsupportedModel where the logits of an image depend on the other images of its batch."""
-    images = _images(program, example, least=2)
+    images = _images(program, example, unwrap(module))
     others = images.clone()
     others[1:] = 3.0 * others[1:].flip(-1) + 1.0
     with torch.no_grad(), same_random_state(unwrap(module)):
@@ -152,10 +152,10 @@ def _leaves(cls: UnitClass) -> list[UnitClass]:
 # --- running parents ---
 
 
-def _images(program: Program, example: Tensor, least: int = 1) -> Tensor:
-    """(N, C, H, W) float64 noise; N is what the program insists on."""
-    shape = (program.batch or max(least, 2), *example.shape[1:])
-    return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(example.device, torch.float64)
+def _images(program: Program, example: Tensor, module: nn.Module) -> Tensor:
+    """(N, C, H, W) float64 noise where the module is; N is two, or what the program insists on."""
+    shape = (program.batch or 2, *example.shape[1:])
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(device_of(module), torch.float64)
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ def _runner(module: nn.Module, images: Tensor) -> _Run:
 
 def _difference(program: Program, module: nn.Module, example: Tensor, name: str) -> tuple[float, float]:
     """Largest relative difference between the parent and the program with its tensors, and what rounding explains."""
-    images = _images(program, example)
+    images = _images(program, example, module)
     run = _runner(module, images)
     tensors = state_of(program, run.module)
     state = {key: t.to(run.dtype) if t.is_floating_point() else t for key, t in tensors.items()}

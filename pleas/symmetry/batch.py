@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
+from pleas.symmetry.copies import device_of, unwrap
 from pleas.symmetry.program import Program, execute, state_of
 
 IMAGES = 3  # in the trial run: few sizes of networks are multiples of three
@@ -65,6 +66,7 @@ def batch_places(program: Program, model: nn.Module, example: Tensor) -> dict[st
     first, other = (torch.randn((count, *example.shape[1:]), generator=generator).double() for _ in range(2))
     second = first.clone()
     second[min(CHANGED, count - 1)] = other[0]
+    model = unwrap(model)
     tensors = state_of(program, model)
     state = {name: t.double() if t.is_floating_point() else t for name, t in tensors.items()}
 
@@ -76,7 +78,7 @@ def batch_places(program: Program, model: nn.Module, example: Tensor) -> dict[st
                     found[source.name] = place
 
     with torch.no_grad():
-        execute(program.graph, [state, state], [x.to(example.device) for x in (first, second)], visit)
+        execute(program.graph, [state, state], [x.to(device_of(model)) for x in (first, second)], visit)
     return found
 
 

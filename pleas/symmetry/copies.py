@@ -33,6 +33,12 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where the tensors of a network are, by the first of them; the CPU for a network without any."""
+    tensors = (*model.parameters(), *model.buffers())
+    return tensors[0].device if tensors else torch.device("cpu")
+
+
 def plain(model: nn.Module) -> nn.Module:
     """The same function in evaluation mode, as plain weights: what is best handed to a merge.
 

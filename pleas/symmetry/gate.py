@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from pleas.errors import GateFailed
 from pleas.symmetry.apply import Permutation, permute_tensor, position_maps, random
-from pleas.symmetry.copies import evaluation_copy, unwrap
+from pleas.symmetry.copies import device_of, evaluation_copy, unwrap
 from pleas.symmetry.groups import Symmetry, coupled
 from pleas.symmetry.program import execute, logits_of, state_of
 from pleas.symmetry.undisturbed import same_random_state
@@ -79,7 +79,7 @@ class _Gate:
         module = evaluation_copy(model, share=False).to(torch.float64)
         _jitter(module, generator, jitter)
         shape = (program.batch or 1, *example.shape[1:])
-        self.images = torch.randn(shape, generator=generator).to(example.device, torch.float64)
+        self.images = torch.randn(shape, generator=generator).to(device_of(model), torch.float64)
         state = state_of(program, module)
         self.state = {name: t.double() if t.is_floating_point() else t for name, t in state.items()}
         try:

@@ -23,7 +23,8 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
 from pleas.errors import InputError, UnsupportedModel
-from pleas.symmetry.copies import computed_weights, drop_watching_hooks, evaluation_copy, unwrap
+from pleas.symmetry.copies import computed_weights, device_of, drop_watching_hooks, evaluation_copy, unwrap
+from pleas.symmetry.factories import constants_for_factories
 from pleas.symmetry.program import Program, execute, logits_of, named_tensors, state_of
 from pleas.symmetry.rewrites import REWRITES, module_path
 from pleas.symmetry.rules import op_name
@@ -55,6 +56,7 @@ def export_program(model: nn.Module, example: Tensor, rewrites: Sequence[str] = 
         )
         model = unwrap(model)
     _check_model(model, example)
+    example = example.to(device_of(model))
     with undisturbed(model):
         copied = evaluation_copy(model, share=True)
         try:
@@ -255,6 +257,7 @@ def _plain_program(exported: ExportedProgram, model: nn.Module, notes: list[str]
     _merge_duplicates(graph)
     _drop_noops(graph)
     _check_deterministic(graph, owner)
+    factories = constants_for_factories(graph)
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     if len(placeholders) != 1 or not isinstance(placeholders[0].meta["val"], Tensor):
         raise UnsupportedModel(f"the forward of {owner} must take exactly one tensor, a batch of images")
@@ -266,6 +269,7 @@ def _plain_program(exported: ExportedProgram, model: nn.Module, notes: list[str]
         for name, value in constants.items()
         if value.is_floating_point() and value.numel() > LARGE_CONSTANT
     ]
+    constants |= factories
     batch = _check_rows(graph, placeholders[0], owner)
     if batch is not None and not any(note.startswith("The batch size") for note in notes):
         notes.append(f"The batch size is fixed at {batch} by the forward of {owner}.")

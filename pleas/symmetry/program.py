@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
 from pleas.errors import UnsupportedModel
-from pleas.symmetry.copies import unwrap
+from pleas.symmetry.copies import device_of, unwrap
 
 aten = torch.ops.aten
 # Strides are those of one run: what is a view at export need not be one for another dtype or another kernel.
@@ -60,8 +60,7 @@ def state_of(program: Program, model: nn.Module) -> dict[str, Tensor]:
             "it is not the architecture that was exported"
         )
     state = {name: tensors[name].detach() for name in (*program.parameters, *program.buffers)}
-    where = next((tensor.device for tensor in tensors.values()), torch.device("cpu"))
-    ours = {**program.constants, **program.added}
+    ours, where = {**program.constants, **program.added}, device_of(model)
     return state | {name: tensor.to(where) for name, tensor in ours.items()}
 
 

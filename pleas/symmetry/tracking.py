@@ -94,9 +94,9 @@ class Tracker:
         tensor = self.state[name]
         shape = tuple(tensor.shape)
         if name in self.constants:
-            return _constant(tensor)
+            return _constant(tensor.cpu())
         if name in self.program.buffers and name not in self.statistics:
-            return replace(anonymous(shape), const=tensor)
+            return replace(anonymous(shape), const=tensor.cpu())
         algebra = Algebra(self.ledger, f"source {name}", "")
         dims = [d for d in range(len(shape)) if shape[d] > 1 or (d == 1 and name in self.groups)]
         axes = [Val(shape, [self._axis(name, d, shape)]) for d in dims]
