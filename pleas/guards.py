@@ -17,6 +17,7 @@ from pleas.layers import find_layers, find_norms
 from pleas.symmetry import Program, Symmetry, UnitClass, execute, export_program, logits_of, state_of
 from pleas.symmetry.copies import device_of, evaluation_copy, unwrap
 from pleas.symmetry.rewrites import module_path
+from pleas.symmetry.rules import op_name
 from pleas.symmetry.undisturbed import own_copy, same_random_state
 
 SAME = 1e-9  # relative, in float64: rounding
@@ -147,6 +148,70 @@ def unmatched_classes(symmetry: Symmetry) -> tuple[UnitClass, ...]:
 def _leaves(cls: UnitClass) -> list[UnitClass]:
     """The class, or the classes inside its first unit where units have inner ones (they are all alike)."""
     return [leaf for child in cls.children[0] for leaf in _leaves(child)] if cls.children else [cls]
+
+
+# Ops of which the mean over parents is the op of the mean.
+MEAN_KEEPING = {
+    "view", "_unsafe_view", "reshape", "permute", "transpose", "t", "unsqueeze", "squeeze", "expand", "slice", "select",
+    "clone", "alias", "_to_copy", "mean", "sum", "avg_pool1d", "avg_pool2d", "_adaptive_avg_pool2d", "add", "sub",
+    "getitem",
+}  # fmt: skip
+
+
+def ensemble_obstacles(symmetry: Symmetry) -> tuple[str, ...]:
+    """Why a merge that keeps every unit apart is not the mean of the parents' logits; empty where it is.
+
+    A merged network averages where its last layers write, so that what comes after has to keep means; and values that
+    stand on no class of units (the weights of experts, say) have one copy at any budget. Classes that cannot be kept
+    apart are not repeated here: see `UnitClass.reason`.
+    """
+    found = []
+    nodes = {node.name: node for node in symmetry.program.graph.nodes}
+    layers = {name: layer for layer in find_layers(symmetry.program) for name in layer.nodes}
+    queue, seen = [node for node in nodes.values() if node.op == "output"], set()
+    last: set[str] = set()
+    while queue:
+        for source in queue.pop().all_input_nodes:
+            if (
+                source in seen
+                or source.op != "call_function"
+                or not isinstance(source.meta.get("val"), Tensor)
+            ):
+                continue
+            seen.add(source)
+            if source.name in layers:
+                last.add(layers[source.name].name)
+            elif _name(source) in MEAN_KEEPING or _by_a_number(source):
+                queue.append(source)
+            else:
+                where = f" in module {module_path(source)}" if module_path(source) else ""
+                found.append(
+                    f"{_name(source)}{where} comes after the layer whose outputs are averaged: the ensemble "
+                    "averages behind it"
+                )
+    for layer in dict.fromkeys(layers.values()):
+        if (
+            layer.name not in last
+            and bool((symmetry.axis(layer.weight, 0).cls < 0).all())
+            and layer.out_units > 1
+        ):
+            found.append(
+                f"the {layer.out_units} outputs of {layer.name} are of no class of units, and there is one copy of "
+                f"them at any budget ({symmetry.fixed.get((layer.weight, 0), 'they are fixed')})"
+            )
+    return tuple(found)
+
+
+def _name(node: fx.Node) -> str:
+    if isinstance(node.target, torch._ops.OpOverload):
+        return op_name(node.target)
+    return str(getattr(node.target, "__name__", node.target))
+
+
+def _by_a_number(node: fx.Node) -> bool:
+    """A product or quotient with a plain number."""
+    plain_number = len(node.args) > 1 and isinstance(node.args[1], int | float)
+    return plain_number and _name(node) in ("mul", "div")
 
 
 # --- running parents ---

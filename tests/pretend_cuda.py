@@ -40,7 +40,7 @@ class Elsewhere(Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         if any(issubclass(kind, FakeTensor) for kind in types):
             return NotImplemented  # the tracer's turn
         return run(func, args, kwargs or {})
@@ -55,7 +55,7 @@ class Elsewhere(Tensor):
 
     def to(self, *args: Any, **kwargs: Any) -> Tensor:
         """As Tensor.to; C++ would take this tensor for one of the CPU, and leave it where it is."""
-        device, dtype, *_ = torch._C._nn._parse_to(*_as_words(args), **kwargs)
+        device, dtype, *_ = torch._C._nn._parse_to(*_as_words(args), **kwargs)  # type: ignore[attr-defined]
         moved = self if dtype in (None, self.dtype) else super().to(dtype)
         return moved.here.clone() if device is not None and device.type == "cpu" else moved  # type: ignore[attr-defined]
 

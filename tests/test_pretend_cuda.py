@@ -41,7 +41,7 @@ def test_tensors_go_there_and_come_back(gpu: torch.device) -> None:
 
 def test_devices_do_not_mix(gpu: torch.device) -> None:
     with pytest.raises(RuntimeError, match="Expected all tensors to be on the same device"):
-        torch.ones(3, device=gpu) + torch.ones(3)
+        torch.add(torch.ones(3, device=gpu), torch.ones(3))
     network = nn.Linear(3, 2).to(gpu)
     assert all(p.is_cuda for p in network.parameters())
     with pytest.raises(RuntimeError, match="found at least two devices"):

@@ -17,6 +17,7 @@ from pleas.guards import (
     check_forwards,
     check_rows_alone,
     check_same_function,
+    ensemble_obstacles,
     parent_names,
     unmatched_classes,
 )
@@ -251,3 +252,57 @@ def test_classes_that_no_layer_reads_or_writes_are_listed(
     assert len(found) == len(expected)
     for cls, tensor in zip(found, expected, strict=True):
         assert tensor in {axis.tensor for axis in cls.axes}
+
+
+# --- where two networks side by side are not their ensemble ---
+
+
+class Experts(nn.Module):
+    """A soft mixture of two experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.gate, self.head = conv_bn(3, 6), nn.Linear(6, 2), nn.Linear(6, 4)
+        self.experts = nn.ModuleList(nn.Linear(6, 6) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).mean((2, 3))
+        shares = self.gate(x).softmax(-1)
+        return self.head(sum(shares[:, i : i + 1] * expert(x) for i, expert in enumerate(self.experts)))
+
+
+def squeeze_head() -> nn.Module:
+    return nn.Sequential(conv_bn(3, 6), nn.Conv2d(6, 4, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def log_probabilities() -> nn.Module:
+    return nn.Sequential(conv_bn(3, 6), pooled_head(6), nn.LogSoftmax(-1))
+
+
+@pytest.mark.parametrize(
+    ("build", "expected"),
+    [
+        (squeeze_head, ["relu in module 2 comes after the layer whose outputs are averaged"]),
+        (log_probabilities, ["_log_softmax in module 2 comes after the layer"]),
+        (lambda: Net(then=lambda x: 3 * x), []),
+        (
+            lambda: Net(then=lambda x: x * x.sigmoid()),
+            [
+                "mul comes after",
+            ],
+        ),
+        (
+            Experts,
+            ["the 2 outputs of gate are of no class of units, and there is one copy of them at any budget ("],
+        ),
+        (CASES["residual"].model, []),
+        (CASES["option_a"].model, []),
+    ],
+)
+def test_what_keeps_two_networks_side_by_side_from_the_ensemble(
+    build: Callable[[], nn.Module], expected: Sequence[str]
+) -> None:
+    found = ensemble_obstacles(trace(build(), IMAGES))
+    assert len(found) == len(expected), found
+    for sentence, start in zip(found, expected, strict=True):
+        assert sentence.startswith(start)
