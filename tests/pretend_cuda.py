@@ -37,10 +37,10 @@ class Elsewhere(Tensor):
         made.here = here.detach()
         return made
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(issubclass(kind, FakeTensor) for kind in types):
             return NotImplemented  # the tracer's turn
         return run(func, args, kwargs or {})
