@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from pleas.errors import UnlistedOp
+from pleas.errors import UnlistedOp, UnsupportedModel
 from pleas.symmetry.apply import (
     Permutation,
     UnitPermutation,
@@ -18,11 +18,13 @@ from pleas.symmetry.apply import (
     position_maps,
     random,
 )
-from pleas.symmetry.gate import check_gate
+from pleas.symmetry.copies import plain, unwrap
+from pleas.symmetry.gate import check_gate, run_gate
 from pleas.symmetry.graph import Program, execute, export_program, logits_of, state_of
 from pleas.symmetry.groups import Axis, DimUnits, Symmetry, UnitClass, Unlisted, coupled
 from pleas.symmetry.rules import supported_ops
 from pleas.symmetry.table import build
+from pleas.symmetry.undisturbed import undisturbed
 
 __all__ = [
     "RULE_HELPS",
@@ -43,11 +45,14 @@ __all__ = [
     "inverse",
     "logits_of",
     "permute_state",
+    "plain",
     "position_maps",
     "random",
     "state_of",
     "supported_ops",
     "trace",
+    "undisturbed",
+    "unwrap",
 ]
 
 RULE_HELPS = "a symmetry rule (docs/add_an_op.md); without one its parameters are merged in place, unpermuted"
@@ -68,6 +73,9 @@ def trace(
     float64 copy; GateFailed if the output changes by more than 1e-9.
     """
     program = export_program(model, example, rewrites)
+    model = unwrap(model)
+    if not any(True for _ in model.parameters()):
+        raise UnsupportedModel(f"{type(model).__name__} has no parameters: there is nothing to merge")
     symmetry = build(program, model)
     if strict and symmetry.unlisted:
         ops = "; ".join(str(op) for op in symmetry.unlisted)
@@ -76,4 +84,7 @@ def trace(
             "without strict=True: the parameters above are then merged in place, unpermuted.",
             [{**item, "help": RULE_HELPS} for item in symmetry.describe()["unlisted"]],
         )
-    return replace(symmetry, gate_error=check_gate(symmetry, model, example)) if gate else symmetry
+    if not gate:
+        return symmetry
+    error, notes = run_gate(symmetry, model, example)
+    return replace(symmetry, gate_error=error, notes=(*symmetry.notes, *notes))

@@ -8,9 +8,12 @@ faster to run and easier to read.
 
 from __future__ import annotations
 
-import copy
+import contextlib
+import io
+import logging
 import traceback
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,77 +22,180 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
-from pleas.errors import UnsupportedModel
+from pleas.errors import InputError, UnsupportedModel
+from pleas.symmetry.copies import computed_weights, device_of, drop_watching_hooks, evaluation_copy, unwrap
+from pleas.symmetry.factories import constants_for_factories
 from pleas.symmetry.program import Program, execute, logits_of, named_tensors, state_of
-from pleas.symmetry.rewrites import REWRITES
+from pleas.symmetry.rewrites import REWRITES, module_path
+from pleas.symmetry.rules import op_name
+from pleas.symmetry.undisturbed import own_copy, undisturbed
 
 __all__ = ["Program", "execute", "export_program", "logits_of", "state_of"]
 
 aten = torch.ops.aten
 
 KEPT_WHOLE = (aten.linear.default, aten.scaled_dot_product_attention.default)
-# What torch.export raises when it cannot follow a forward: its own errors are RuntimeErrors, the model's are the rest.
-EXPORT_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, AssertionError, LookupError)
+QUANTISED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.nn.quantized")
 LARGE_CONSTANT = 1024  # elements; a lifted float constant above this is mentioned in the notes
 
 
 def export_program(model: nn.Module, example: Tensor, rewrites: Sequence[str] = ("pad_to_conv",)) -> Program:
     """Export `model` in evaluation mode on an image batch `example` (N, C, H, W), N >= 1.
 
-    The model itself is not touched: a copy that shares its tensors is exported. Raises UnsupportedModel, in one
-    sentence, when the forward cannot be exported, changes its own buffers, or does not return one tensor.
+    The model itself is not touched: a copy that shares its tensors is exported, without the wrappers of torch.compile
+    and DataParallel. Raises UnsupportedModel, in one sentence, when the forward cannot be exported, changes its own
+    buffers, or does not return one tensor.
     """
     unknown = [name for name in rewrites if name not in REWRITES]
     if unknown:
         raise UnsupportedModel(f"unknown rewrite {unknown[0]!r}; known rewrites: {', '.join(REWRITES)}")
-    exported, notes = _export(_fresh_copy(model), example)
-    program = _plain_program(exported, model, notes)
+    notes = []
+    if isinstance(model, nn.Module) and unwrap(model) is not model:
+        notes.append(
+            f"{type(model).__name__} is a wrapper: the {type(unwrap(model)).__name__} inside is merged."
+        )
+        model = unwrap(model)
+    _check_model(model, example)
+    example = example.to(device_of(model))
+    with undisturbed(model):
+        copied = evaluation_copy(model, share=True)
+        try:
+            watched = drop_watching_hooks(copied, example)
+            if any(t.is_floating_point() and t.dtype != example.dtype for t in model.parameters()):
+                with undisturbed(copied):  # export's stand-ins for tensors do not mind how precisions meet
+                    copied(own_copy(example))
+        except Exception as error:
+            raise _unexportable(copied, example, error, "cannot be run") from error
+        notes += [
+            f"The forward hook of {name or 'the model'} only watches: it is left out." for name in watched
+        ]
+        exported, fixed = _export(copied, example)
+        program = _plain_program(exported, model, notes + fixed)
     for name in rewrites:
         program = REWRITES[name](program)
     return program
 
 
-def _fresh_copy(model: nn.Module) -> nn.Module:
-    """A copy in evaluation mode that shares the parent's tensors.
-
-    Some models cache tensors in `forward` (LeViT: attention biases); an export would freeze the cache as a constant
-    and hide the parameters behind it. Such caches are dropped on `train()`, hence the detour.
-    """
-    tensors = [*model.parameters(), *model.buffers()]
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors}).train().eval()
+def _check_model(model: Any, example: Any) -> None:
+    """Refuse what can be seen to be untraceable without a forward."""
+    if not isinstance(example, Tensor) or example.dim() < 2 or example.shape[0] < 1:
+        what = f"of shape {tuple(example.shape)}" if isinstance(example, Tensor) else type(example).__name__
+        raise InputError(
+            f"the example must be a batch of images, a tensor (N, C, H, W) with N >= 1; it is {what}"
+        )
+    name, remedy = type(model).__name__, ""
+    if not isinstance(model, nn.Module):
+        remedy = "is no torch.nn.Module: give the network itself, not a function or a class"
+    elif isinstance(model, torch.jit.ScriptModule):
+        remedy = "is a compiled TorchScript module: give the torch.nn.Module that it was compiled from"
+    elif quantised := [
+        key for key, part in model.named_modules() if type(part).__module__.startswith(QUANTISED)
+    ]:
+        remedy = f"is quantised ({quantised[0]}): give the network in floating point that it was made from"
+    else:
+        tensors = named_tensors(model)
+        lazy = [key for key, tensor in tensors.items() if nn.parameter.is_lazy(tensor)]
+        meta = [key for key, tensor in tensors.items() if tensor.is_meta]
+        spectral = [key for key, kind in computed_weights(model).items() if "spectral_norm" in kind]
+        if lazy:
+            remedy = f"has parameters without a shape ({lazy[0]}): run it on one batch of images first"
+        elif meta:
+            remedy = f"has tensors without values, on the meta device ({meta[0]}): load its weights first"
+        elif spectral:
+            remedy = (
+                f"normalises the weight of {spectral[0] or 'the model'} by buffers that belong to it alone "
+                "(spectral_norm): fold it into a plain weight by pleas.symmetry.plain(model), and merge that"
+            )
+    if remedy:
+        raise UnsupportedModel(f"{name} {remedy}")
 
 
 def _export(model: nn.Module, example: Tensor) -> tuple[ExportedProgram, list[str]]:
-    """Core ATen, with a symbolic batch size where the model allows it."""
+    """Core ATen, with a symbolic batch size where the model allows it.
+
+    Whatever the forward raises is the forward's: it is reported with its place, and its traceback as the cause.
+    """
     if example.shape[0] < 2:
         example = example.repeat(2, *[1] * (example.dim() - 1))  # export treats sizes 0 and 1 as special
-    auto = ({0: torch.export.Dim.AUTO},)
+    auto = {0: torch.export.Dim.AUTO}
     notes: list[str] = []
-    with torch.no_grad():
+    with _quiet_exporter():
         try:
-            exported = torch.export.export(model, (example,), dynamic_shapes=auto)
-        except EXPORT_ERRORS as dynamic_error:
-            try:
-                exported = torch.export.export(model, (example,))
-            except EXPORT_ERRORS as error:
-                raise _unexportable(model, example, error) from error
-            notes.append(f"The batch size is fixed at export: {_first_line(dynamic_error)}.")
-        table = torch.export.default_decompositions()
-        for op in KEPT_WHOLE:
-            table.pop(op, None)
-        return exported.run_decompositions(table), notes
+            return _decomposed(torch.export.export(model, (example,), dynamic_shapes=(auto,))), notes
+        except Exception as error:  # noqa: BLE001 - the second try reports what is wrong with the forward
+            notes.append(f"The batch size is fixed at export: {_first_line(error)}.")
+        try:
+            return _decomposed(torch.export.export(model, (example,))), notes
+        except Exception as error:
+            raise _unexportable(model, example, error) from error
 
 
-def _unexportable(model: nn.Module, example: Tensor, error: Exception) -> UnsupportedModel:
+def _decomposed(exported: ExportedProgram) -> ExportedProgram:
+    table = torch.export.default_decompositions()
+    for op in KEPT_WHOLE:
+        table.pop(op, None)
+    return exported.run_decompositions(table)
+
+
+@contextlib.contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """What the exporter logs and prints on failure (graphs, pages long), the error says in one sentence."""
+    loggers = [logging.getLogger(name) for name in ("torch.fx.experimental.symbolic_shapes", "torch.export")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
+            # of the copy that is exported, which nobody sees again
+            warnings.filterwarnings("ignore", ".*assigned during export", UserWarning)
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+# What the text of an exporter's error tells about its cause, and what helps; the first that fits.
+CAUSES: tuple[tuple[tuple[str, ...], str], ...] = (
+    (
+        ("data-dependent", "DataDependent", "is_nonzero", "Could not guard", "Could not extract specialized"),
+        "Usually this means control flow that depends on tensor values; choose by torch.where, or only in training "
+        "(`if self.training`).",
+    ),
+    (
+        (".numpy()", "numpy", "from_numpy"),
+        "The forward leaves torch for numpy; write this step with torch functions.",
+    ),
+    (
+        ("takes", "missing", "positional argument", "unexpected keyword"),
+        "Usually this means a forward that takes something other than one image tensor; wrap it in a module that does.",
+    ),
+    (
+        ("should be the same", "same dtype", "expected scalar type", "Half", "BFloat16"),
+        "The images and the weights have different precisions; convert the network by .float().",
+    ),
+    (
+        ("SpecViolationError", "constant", "attributes", "mutat"),
+        "Usually this means that the forward makes or replaces modules, parameters or stored tensors; make them in "
+        "__init__.",
+    ),
+    (
+        ("shape", "size", "dimension", "channels", "AssertionError"),
+        "Usually the images have another size or number of channels than the network is made for.",
+    ),
+)
+OTHERWISE = (
+    "Usually this means control flow that depends on tensor values, or a forward that takes something other than "
+    "one image tensor."
+)
+
+
+def _unexportable(model: nn.Module, example: Tensor, error: Exception, what: str = "") -> UnsupportedModel:
     """Why export failed, and where in the module tree, as far as the traceback tells."""
-    message = (
-        f"torch.export cannot follow the forward of {type(model).__name__} on one image batch of shape "
-        f"{tuple(example.shape)}: {_first_line(error)}"
-    )
-    helps = (
-        "Usually this means control flow that depends on tensor values, or a forward that takes something other than "
-        "one image tensor."
-    )
+    first = _first_line(error)
+    subject = f"the forward of {type(model).__name__}"
+    message = f"{subject} {what}" if what else f"torch.export cannot follow {subject}"
+    message += f" on one image batch of shape {tuple(example.shape)}: {first}"
+    helps = next((advice for words, advice in CAUSES if any(word in first for word in words)), OTHERWISE)
     names = {id(module): name for name, module in model.named_modules()}
     frames = [
         frame
@@ -150,6 +256,8 @@ def _plain_program(exported: ExportedProgram, model: nn.Module, notes: list[str]
             copies[node] = graph.node_copy(node, copies.__getitem__)
     _merge_duplicates(graph)
     _drop_noops(graph)
+    _check_deterministic(graph, owner)
+    factories = constants_for_factories(graph)
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     if len(placeholders) != 1 or not isinstance(placeholders[0].meta["val"], Tensor):
         raise UnsupportedModel(f"the forward of {owner} must take exactly one tensor, a batch of images")
@@ -161,6 +269,7 @@ def _plain_program(exported: ExportedProgram, model: nn.Module, notes: list[str]
         for name, value in constants.items()
         if value.is_floating_point() and value.numel() > LARGE_CONSTANT
     ]
+    constants |= factories
     batch = _check_rows(graph, placeholders[0], owner)
     if batch is not None and not any(note.startswith("The batch size") for note in notes):
         notes.append(f"The batch size is fixed at {batch} by the forward of {owner}.")
@@ -174,6 +283,22 @@ def _plain_program(exported: ExportedProgram, model: nn.Module, notes: list[str]
         notes=tuple(notes),
         batch=batch,
     )
+
+
+def _check_deterministic(graph: fx.Graph, owner: str) -> None:
+    """Refuse a graph that draws random numbers (an attention without dropout is only tagged as if it did)."""
+    for node in graph.nodes:
+        random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", [])
+        if not random or (
+            node.target is aten.scaled_dot_product_attention.default and not node.args[4:5] > (0,)
+        ):
+            continue
+        where = f"in module {module_path(node)!r}" if module_path(node) else "in the model's own forward"
+        raise UnsupportedModel(
+            f"the forward of {owner} draws random numbers even in evaluation mode ({op_name(node.target)}, {where}); "
+            "a network to merge must be a function of its input: use nn.Dropout, or F.dropout(..., "
+            "training=self.training)"
+        )
 
 
 def _check_rows(graph: fx.Graph, images: fx.Node, owner: str) -> int | None:

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
 from pleas.errors import UnsupportedModel
+from pleas.symmetry.copies import device_of, unwrap
 
 aten = torch.ops.aten
 # Strides are those of one run: what is a view at export need not be one for another dtype or another kernel.
@@ -46,7 +47,12 @@ class Program:
 
 
 def state_of(program: Program, model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of `model` for every get_attr target of the graph (detached, not copied)."""
+    """The tensors of `model` for every get_attr target of the graph (detached, not copied).
+
+    Constants, and what a rewrite added, come to the device of the model. A wrapper (torch.compile, DataParallel) is
+    seen through.
+    """
+    model = unwrap(model)
     tensors = named_tensors(model)
     missing = [name for name in (*program.parameters, *program.buffers) if name not in tensors]
     if missing:
@@ -55,7 +61,8 @@ def state_of(program: Program, model: nn.Module) -> dict[str, Tensor]:
             "it is not the architecture that was exported"
         )
     state = {name: tensors[name].detach() for name in (*program.parameters, *program.buffers)}
-    return state | dict(program.constants) | dict(program.added)
+    ours, where = {**program.constants, **program.added}, device_of(model)
+    return state | {name: tensor.to(where) for name, tensor in ours.items()}
 
 
 def execute(
@@ -70,8 +77,13 @@ def execute(
     visit(node, args, kwargs) is called before every call_function node with the resolved arguments of every parent,
     seen(node, values) after it with what it gave.
     A value is dropped after its last use, so memory is that of a plain forward pass times the number of parents.
+    The inputs are never changed: an exported graph is functional, and where an op writes in place nevertheless, every
+    parent gets a copy of its own.
     """
     last_use = last_uses(graph)
+    if any(writes_in_place(node) for node in graph.nodes):
+        inputs = [batch.clone() for batch in inputs]
+        states = [{name: tensor.clone() for name, tensor in state.items()} for state in states]
     exported = next(node.meta["val"].dtype for node in graph.nodes if node.op == "placeholder")
     values: list[dict[fx.Node, Any]] = [{} for _ in states]
     for node in graph.nodes:
@@ -93,6 +105,12 @@ def execute(
             for parent in values:
                 del parent[dead]
     raise AssertionError("a graph without an output node")
+
+
+def writes_in_place(node: fx.Node) -> bool:
+    """Whether an op changes one of its arguments."""
+    schema = getattr(node.target, "_schema", None)
+    return bool(schema is not None and schema.is_mutable)
 
 
 def logits_of(output: object) -> Tensor | None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
-from pleas.errors import UnsupportedModel
+from pleas.errors import PleasError, UnsupportedModel
 from pleas.symmetry import averages, contractions, moves
 from pleas.symmetry.algebra import Algebra, anonymous
 from pleas.symmetry.labels import Ledger, Shape, Val, along, positions
@@ -51,6 +51,7 @@ class Tracker:
     """Walks the graph once. Use `track`."""
 
     def __init__(self, program: Program, model: nn.Module) -> None:
+        self.owner = type(model).__name__
         self.program, self.state = program, state_of(program, model)
         saved = model.state_dict().keys()
         self.constants = {*program.constants, *(name for name in program.buffers if name not in saved)}
@@ -93,9 +94,9 @@ class Tracker:
         tensor = self.state[name]
         shape = tuple(tensor.shape)
         if name in self.constants:
-            return _constant(tensor)
+            return _constant(tensor.cpu())
         if name in self.program.buffers and name not in self.statistics:
-            return replace(anonymous(shape), const=tensor)
+            return replace(anonymous(shape), const=tensor.cpu())
         algebra = Algebra(self.ledger, f"source {name}", "")
         dims = [d for d in range(len(shape)) if shape[d] > 1 or (d == 1 and name in self.groups)]
         axes = [Val(shape, [self._axis(name, d, shape)]) for d in dims]
@@ -129,7 +130,16 @@ class Tracker:
         found = rule_for(target)
         if found is None and constant is not None and not any(value.free for value in op.values):
             return replace(anonymous(op.shape), const=constant)
-        result: Result = (found or unlisted)(op)
+        try:
+            result: Result = (found or unlisted)(op)
+        except PleasError:
+            raise
+        except Exception as error:
+            raise UnsupportedModel(
+                f"the symmetry rule of {name} fails at {node.name} in "
+                f"{f'module {where!r} of ' if where else ''}{self.owner} ({type(error).__name__}: {error}); this is a "
+                "bug in pleas: please report the model"
+            ) from error
         if found is None:
             ids = [f.reshape(-1).numpy() for value in op.values for f in value.free]
             pinned = np.unique(np.concatenate([*ids, np.zeros(0, np.int64)]))

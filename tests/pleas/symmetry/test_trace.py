@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pleas.errors import GateFailed, UnlistedOp
+from pleas.errors import GateFailed, InputError, UnlistedOp, UnsupportedModel
 from pleas.symmetry import check_gate, supported_ops, trace
 from pleas.symmetry.labels import Val, positions
 from pleas.symmetry.rules import RULES, Op, Result, rule
-from tests.cases import CASES, randomise
+from tests.cases import CASES, conv_bn, pooled_head, randomise
 
 
 class Sorted(nn.Module):
@@ -168,3 +169,181 @@ def test_the_list_of_supported_ops_is_generated() -> None:
         "native_layer_norm",
     } <= set(ops)
     assert all(text for text in ops.values())
+
+
+class Body(nn.Module):
+    """What the broken forwards below have in common."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = conv_bn(3, 6), pooled_head(6)
+
+    def forward(self, x: Tensor) -> object:
+        return self.head(self.stem(x))
+
+
+class StochasticDepth(Body):
+    """A block that is skipped at random, also in evaluation mode."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        if torch.rand(1).item() < 0.5:
+            x = x + F.relu(x)
+        return self.head(x)
+
+
+class Bernoulli(Body):
+    def __init__(self) -> None:
+        super().__init__()
+        self.coin = torch.distributions.Bernoulli(torch.tensor([0.5]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.head(x + x if torch.equal(self.coin.sample(), torch.ones(1)) else x)
+
+
+class Numpy(Body):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.from_numpy(self.stem(x).detach().numpy()))
+
+
+class AlwaysDrops(Body):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.dropout(self.stem(x), 0.5))
+
+
+class Picky(Body):
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.shape[-1] == 32, "made for 32 pixels"
+        return self.head(self.stem(x))
+
+
+class OwnError(Body):
+    def forward(self, x: Tensor) -> Tensor:
+        class Strange(Exception):
+            pass
+
+        raise Strange("no parent in the hierarchy")
+
+
+class MakesModules(Body):
+    def forward(self, x: Tensor) -> Tensor:
+        self.late = nn.Linear(6, 6)
+        return self.late(self.stem(x).mean((2, 3)))
+
+
+class Text(Body):
+    def forward(self, x: Tensor) -> str:
+        return "cat"
+
+
+class Nothing(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3))
+
+
+def halved() -> nn.Module:
+    return Body().half()
+
+
+def on_meta() -> nn.Module:
+    return Body().to("meta")
+
+
+def lazy() -> nn.Module:
+    return nn.Sequential(nn.LazyConv2d(6, 3), pooled_head(6))
+
+
+def scripted() -> nn.Module:
+    return torch.jit.script(nn.Sequential(conv_bn(3, 6), pooled_head(6)))
+
+
+def nothing_trainable() -> nn.Module:
+    return Nothing()
+
+
+CONTROL = "Usually this means control flow that depends on tensor values; choose by torch.where"
+UNTRACEABLE = {
+    StochasticDepth: f"cannot follow the forward of StochasticDepth .* {CONTROL}",
+    Bernoulli: f"cannot follow the forward of Bernoulli .* {CONTROL}",
+    Numpy: r"cannot follow the forward of Numpy .* The forward leaves torch for numpy; write this step with torch",
+    AlwaysDrops: r"the forward of AlwaysDrops draws random numbers even in evaluation mode \(native_dropout, in the "
+    r"model's own forward\); .*: use nn.Dropout, or F.dropout\(..., training=self.training\)",
+    Picky: r"AssertionError: made for 32 pixels.* Usually the images have another size",
+    OwnError: r"cannot follow the forward of OwnError on one image batch of shape \(2, 3, 8, 8\): Strange: no parent",
+    MakesModules: "MakesModules",
+    Text: "the forward of Text returns str",
+    halved: r"different precisions; convert the network by .float\(\)",
+    on_meta: r"Body has tensors without values, on the meta device \(stem.0.weight\): load its weights first",
+    lazy: r"Sequential has parameters without a shape \(0.weight\): run it on one batch of images first",
+    scripted: "is a compiled TorchScript module: give the torch.nn.Module that it was compiled from",
+    nothing_trainable: "Nothing has no parameters: there is nothing to merge",
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.parametrize("build", UNTRACEABLE)
+def test_every_failure_of_tracing_is_one_sentence(build: Callable[[], nn.Module], capfd: Any) -> None:
+    with pytest.raises(UnsupportedModel, match=UNTRACEABLE[build]) as failure:
+        trace(build().train(), torch.randn(2, 3, 8, 8))
+    assert "\n" not in str(failure.value)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_function_or_an_empty_example_is_refused() -> None:
+    with pytest.raises(UnsupportedModel, match=r"function is no torch.nn.Module: give the network itself"):
+        trace(F.relu, torch.randn(2, 3, 8, 8))  # type: ignore[arg-type]
+    for example, what in ((torch.randn(0, 3, 8, 8), r"of shape \(0, 3, 8, 8\)"), ([1], "list")):
+        with pytest.raises(InputError, match=rf"the example must be a batch of images, .*; it is {what}"):
+            trace(Body(), example)  # type: ignore[arg-type]
+
+
+def test_a_rule_that_fails_names_the_op_and_keeps_its_traceback() -> None:
+    @rule("cumsum")
+    def broken(op: Op) -> Result:
+        """Fails."""
+        raise KeyError("dim")
+
+    try:
+        message = (
+            r"the symmetry rule of cumsum fails at cumsum in module '1' of Sequential \(KeyError: 'dim'\)"
+        )
+        with pytest.raises(UnsupportedModel, match=message) as failure:
+            trace(with_sort(), torch.randn(2, 3, 8, 8))
+    finally:
+        del RULES["cumsum"]
+    assert isinstance(failure.value.__cause__, KeyError)
+
+
+class SinglePrecision(Body):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.stem(x.float()).float())
+
+
+class Autocast(Body):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            x = self.stem(x)
+        return self.head(x.float())
+
+
+@pytest.mark.parametrize("build", [SinglePrecision, Autocast])
+def test_a_forward_that_fixes_its_precision_is_held_to_account_in_it(build: type[Body]) -> None:
+    symmetry = trace(randomise(build(), torch.Generator().manual_seed(0)), torch.randn(2, 3, 8, 8))
+    assert symmetry.gate_error < 1e-9
+    assert symmetry.notes[-1].startswith(
+        f"The forward of {build.__name__} fixes its precision (a cast or autocast): it was compared with its graph in "
+        "float32 (relative difference "
+    )
+
+
+class CastsAndSums(Body):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.stem(x.float()).cumsum(1))
+
+
+@pytest.mark.usefixtures("cumsum_taken_for_pointwise")
+def test_the_gate_in_single_precision_catches_a_wrong_rule() -> None:
+    network = randomise(CastsAndSums(), torch.Generator().manual_seed(0))
+    with pytest.raises(GateFailed, match="permuting class 0 of CastsAndSums"):
+        trace(network, torch.randn(2, 3, 8, 8))
