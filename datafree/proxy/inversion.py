@@ -40,7 +40,8 @@ from datafree.proxy.targets import Target, at_work_on, normalised
 if TYPE_CHECKING:
     from datafree.models import Parent
 
-_FIRST_ROUND = 20  # steps; every round has twice as many as the one before
+_FIRST_ROUND = 20  # steps
+_SHORTEST, _LONGEST = 0.5, 2.0  # a later round, as a share of the steps before it
 _WORTH = 0.1  # another round follows one that lowered what is over the goal by this share
 _HIGH = 2.0  # times the goal: a loss over that is said
 
@@ -53,8 +54,8 @@ class InversionSpec(SourceSpec):
             the network: for those without batch norm, such as vision transformers
     mode:   split: every shard's images are dealt to the parents in turn, each inverts its own part;
             joint: every image serves both parents at once, for parents trained on the same kind of data
-    steps:  of Adam; auto: rounds of 20, 40, 80, ... steps, each shard and parent for itself, until the loss is what as
-            many images of the training data would have, or a round no longer lowers it by a tenth
+    steps:  of Adam; auto: 20, and further rounds until the loss is what as many images of the training data would have,
+            or a round no longer lowers it by a tenth; each shard and parent for itself
     max_steps: the most that `steps: auto` takes
     rate:   the largest step, in pixel values on [0, 1]; in every round it warms up, then falls along a cosine
     smooth: weight of total variation    jitter: largest shift, as a fraction of the side
@@ -72,7 +73,7 @@ class InversionSpec(SourceSpec):
     loss: Literal["statistics", "classes"] = "statistics"
     mode: Literal["split", "joint"] = "split"
     steps: Annotated[int, pydantic.Field(ge=1)] | Literal["auto"] = "auto"
-    max_steps: int = pydantic.Field(default=620, ge=1)
+    max_steps: int = pydantic.Field(default=600, ge=1)
     rate: float = pydantic.Field(default=0.03, gt=0)
     smooth: float = pydantic.Field(default=0.05, ge=0)
     jitter: float = pydantic.Field(default=0.0625, ge=0, le=0.5)
@@ -280,28 +281,29 @@ class _Inversion:
     def _rounds(
         self, pixels: Tensor, targets: Sequence[Target], generator: torch.Generator, number: int
     ) -> tuple[Tensor, int, bool]:
-        """Rounds of descent, each twice as long and with a schedule of its own, until another is not worth it.
+        """Rounds of descent, each with a schedule of its own, until the loss is at its goal or another is not worth it.
 
-        A pure function of its arguments: no clock, and nothing of other shards, decides (docs/decisions/0010).
+        Losses fall about as one over the steps, which tells how many are missing. A pure function of its arguments: no
+        clock, and nothing of other shards, decides (docs/decisions/0010).
         """
-        best, taken, length, excess = pixels, 0, _FIRST_ROUND, math.inf
+        best, taken, length, ratio = pixels, 0, _FIRST_ROUND, math.inf
         while taken < self._spec.max_steps:
-            pixels, done = self._adam(
-                best, targets, generator, min(length, self._spec.max_steps - taken), number
-            )
-            taken, length = taken + done, 2 * length
-            left = self._excess(_bytes(pixels), targets, number)
-            worth = left <= (1 - _WORTH) * excess
-            if left < excess:
-                best, excess = pixels, left
-            if excess <= 0 or not worth:
+            length = min(length, self._spec.max_steps - taken)
+            pixels, done = self._adam(best, targets, generator, length, number)
+            taken += done
+            reached = self._ratio(_bytes(pixels), targets, number)
+            worth = reached - 1 <= (1 - _WORTH) * (ratio - 1)
+            if reached < ratio:
+                best, ratio = pixels, reached
+            if ratio <= 1 or not worth:
                 return best, taken, False
+            length = round(taken * min(max(ratio - 1, _SHORTEST), _LONGEST))
         return best, taken, True
 
-    def _excess(self, images: Tensor, targets: Sequence[Target], number: int) -> float:
-        """How far the loss of uint8 images is over its goal, summed over the targets that are not content."""
+    def _ratio(self, images: Tensor, targets: Sequence[Target], number: int) -> float:
+        """The loss of uint8 images over its goal, of the target that is furthest from being content."""
         losses, goals = self._losses(images, targets, number), self._goals(images, targets)
-        return sum(max(losses[name] - goals[name], 0.0) for name in goals)
+        return max(losses[name] / goals[name] for name in goals)
 
     def _adam(
         self,

@@ -71,7 +71,7 @@ def test_the_descent_ends_where_the_goal_is_reached(build: Build) -> None:
     facts = build(64, {"kind": "inversion"}).manifest[0].facts
     for name in ("a", "b"):
         assert facts["bn_loss"][name] <= facts["bn_loss_goal"][name]
-        assert facts["steps"][name] in (20, 60, 140, 300)
+        assert 20 <= facts["steps"][name] < 600
         assert not facts["cut_off"][name]
 
 
@@ -112,7 +112,7 @@ def test_statistics_that_no_image_has_are_said(build: Build, parent: MakeParent)
     last.running_mean += 50 * last.running_var.sqrt()
     proxies = build(64, {"kind": "inversion"}, parents=(one,))
     (note,) = proxies.notes
-    assert "parent a did not converge: it got no further after 60 steps with a batch-norm loss of" in note
+    assert "parent a did not converge: it got no further after " in note
     assert note.endswith(
         "set start: noise or another rate in proxy.sources, or use public images (kind: images)"
     )
@@ -129,26 +129,27 @@ def test_a_number_of_steps_is_still_a_number(build: Build) -> None:
     assert not proxies.notes
 
 
-def test_rounds_double_and_the_best_images_are_kept(
+def test_rounds_are_as_long_as_the_loss_asks_for_and_the_best_images_are_kept(
     parents: tuple[Parent, Parent], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A round that makes the images worse is the last, and undone."""
-    source = InversionSpec(max_steps=100).bind(
-        Request(parents, (16, 16), 3, 0, tmp_path, torch.device("cpu"))
-    )
+    """20 steps; twice as many; 2.5 - 1 times 60; half of 150. The round that made them worse ends it."""
+    request = Request(parents, (16, 16), 3, 0, tmp_path, torch.device("cpu"))
+    source = InversionSpec().bind(request)
     assert isinstance(source, _Inversion)
     lengths: list[int] = []
-    excess = iter([1.0, 0.5, 0.6])
+    ratios = iter([9.0, 2.5, 1.2, 1.3])
 
-    def adam(pixels: torch.Tensor, targets: object, generator: object, steps: int, number: int) -> tuple:
+    def adam(
+        pixels: torch.Tensor, targets: object, generator: object, steps: int, number: int
+    ) -> tuple[torch.Tensor, int]:
         lengths.append(steps)
         return pixels + 1, steps
 
     monkeypatch.setattr(source, "_adam", adam)
-    monkeypatch.setattr(source, "_excess", lambda *_: next(excess))
+    monkeypatch.setattr(source, "_ratio", lambda *_: next(ratios))
     pixels, taken, cut_off = source._rounds(torch.zeros(1), [], torch.Generator(), 0)
-    assert lengths == [20, 40, 40]
-    assert (float(pixels), taken, cut_off) == (2.0, 100, False)
+    assert lengths == [20, 40, 90, 75]
+    assert (float(pixels), taken, cut_off) == (3.0, 225, False)
 
 
 def test_a_share_of_an_unknown_number_of_steps() -> None:
