@@ -1,18 +1,15 @@
-"""Images found by inverting the parents: their batch-norm layers remember the statistics of the training
-data.
+"""Images found by inverting the parents: their batch norms remember the statistics of the training data.
 
-Every batch-norm layer of a trained network stores the mean and variance of its input over the training set.
-Images are changed, by gradient descent on their pixels, until the network's own activations on them have
-those statistics:
+Every batch-norm layer of a trained network stores the mean and variance of its input over the training set. Images are
+changed, by gradient descent on their pixels, until the network's own activations on them have those statistics:
 
-    L_BN = mean over layers, mean over channels of  (m - mu)^2 / (var + eps) + (log((v + eps) / (var +
-    eps)))^2
+    L_BN = mean over layers, mean over channels of  (m - mu)^2 / (var + eps) + (log((v + eps) / (var + eps)))^2
 
-with m, v the mean and variance over the batch and mu, var the stored ones. It has no scale: one weight
-suits every layer width, batch and network, and losses of several networks add up. No labels are used. The
-descent starts from procedural images in the colours that the first batch norm remembers (`starts.py`), which saves
-most of the steps against a start from noise, and goes on until the statistics are as close to the stored ones as
-those of as many real images would be (`steps: auto`, docs/decisions/0010).
+with m, v the mean and variance over the batch and mu, var the stored ones. It has no scale: one weight suits every
+layer width, batch and network, and losses of several networks add up. No labels are used. The descent starts from
+procedural images in the colours that the first batch norm remembers (`starts.py`), which saves most of the steps
+against a start from noise, and goes on until the statistics are as close to the stored ones as those of as many real
+images would be (`steps: auto`, docs/decisions/0010).
 
 A network without batch norm remembers no statistics. What can be asked of it is `loss: classes`: images that it takes
 for its classes, each as often as the others.
