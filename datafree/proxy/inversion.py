@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from datafree.models import Parent
 
 _FIRST_ROUND = 20  # steps
-_SHORTEST, _LONGEST = 0.5, 2.0  # a later round, as a share of the steps before it
+_SHORTEST, _LONGEST = 1.0, 2.0  # a later round, as a share of the steps before it
 _WORTH = 0.1  # another round follows one that lowered what is over the goal by this share
 _HIGH = 2.0  # times the goal: a loss over that is said
 

@@ -132,7 +132,7 @@ def test_a_number_of_steps_is_still_a_number(build: Build) -> None:
 def test_rounds_are_as_long_as_the_loss_asks_for_and_the_best_images_are_kept(
     parents: tuple[Parent, Parent], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """20 steps; twice as many; 2.5 - 1 times 60; half of 150. The round that made them worse ends it."""
+    """20 steps; twice as many; 2.5 - 1 times 60; as many as the 150 before. The round that made them worse ends it."""
     request = Request(parents, (16, 16), 3, 0, tmp_path, torch.device("cpu"))
     source = InversionSpec().bind(request)
     assert isinstance(source, _Inversion)
@@ -148,8 +148,8 @@ def test_rounds_are_as_long_as_the_loss_asks_for_and_the_best_images_are_kept(
     monkeypatch.setattr(source, "_adam", adam)
     monkeypatch.setattr(source, "_ratio", lambda *_: next(ratios))
     pixels, taken, cut_off = source._rounds(torch.zeros(1), [], torch.Generator(), 0)
-    assert lengths == [20, 40, 90, 75]
-    assert (float(pixels), taken, cut_off) == (3.0, 225, False)
+    assert lengths == [20, 40, 90, 150]
+    assert (float(pixels), taken, cut_off) == (3.0, 300, False)
 
 
 def test_a_share_of_an_unknown_number_of_steps() -> None:
