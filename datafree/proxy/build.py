@@ -197,8 +197,8 @@ def build_proxies(
     """Make, or find in `cache`, the images that `spec` asks for.
 
     base: folder that relative paths of the recipe start from
-    progress: called with ("proxy", shards ready, shards) Raises UsageError for what the user can mend,
-    RunError when the cache cannot be written.
+    progress: called with ("proxy", shards ready, shards)
+    Raises UsageError for what the user can mend, RunError when the cache cannot be written.
     """
     bound = check_proxies(spec, parents, seed, base, device)
     size, channels = common_input(parents)
@@ -258,6 +258,7 @@ class _Maker:
         folder = ShardFolder(cache, kind_of(self.spec), key)
         files, notes = folder.fill(count, self, hear)
         said = (note for file in files for note in file.facts.get("notes", ()))
+        facts = mean_facts([file.facts for file in files])
         report = SourceReport(
             kind=kind_of(self.spec),
             count=count,
@@ -267,8 +268,8 @@ class _Maker:
             fingerprint=fingerprint(files),
             folder=str(folder.path),
             spec=self.spec.model_dump(mode="json"),
-            facts=mean_facts([file.facts for file in files]),
-            notes=tuple(dict.fromkeys((*self.source.notes, *notes, *said))),
+            facts=facts,
+            notes=tuple(dict.fromkeys((*self.source.notes, *notes, *said, *self.spec.verdict(facts)))),
         )
         return tuple(files), report
 

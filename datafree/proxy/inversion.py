@@ -1,16 +1,15 @@
-"""Images found by inverting the parents: their batch-norm layers remember the statistics of the training
-data.
+"""Images found by inverting the parents: their batch norms remember the statistics of the training data.
 
-Every batch-norm layer of a trained network stores the mean and variance of its input over the training set.
-Images are changed, by gradient descent on their pixels, until the network's own activations on them have
-those statistics:
+Every batch-norm layer of a trained network stores the mean and variance of its input over the training set. Images are
+changed, by gradient descent on their pixels, until the network's own activations on them have those statistics:
 
-    L_BN = mean over layers, mean over channels of  (m - mu)^2 / (var + eps) + (log((v + eps) / (var +
-    eps)))^2
+    L_BN = mean over layers, mean over channels of  (m - mu)^2 / (var + eps) + (log((v + eps) / (var + eps)))^2
 
-with m, v the mean and variance over the batch and mu, var the stored ones. It has no scale: one weight
-suits every layer width, batch and network, and losses of several networks add up. No labels are used. The
-descent starts from procedural images, which saves three quarters of the steps against a start from noise.
+with m, v the mean and variance over the batch and mu, var the stored ones. It has no scale: one weight suits every
+layer width, batch and network, and losses of several networks add up. No labels are used. The descent starts from
+procedural images in the colours that the first batch norm remembers (`starts.py`), which saves most of the steps
+against a start from noise, and goes on until the statistics are as close to the stored ones as those of as many real
+images would be (`steps: auto`, docs/decisions/0010).
 
 A network without batch norm remembers no statistics. What can be asked of it is `loss: classes`: images that it takes
 for its classes, each as often as the others.
@@ -19,10 +18,9 @@ for its classes, each as often as the others.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import pydantic
 import torch
@@ -33,12 +31,16 @@ from datafree.errors import RunError, UsageError
 from datafree.preprocess import Preprocess, match_channels
 from datafree.proxy.procedural import Mix, paint
 from datafree.proxy.source import SHARD, Request, Shard, Source, SourceSpec, register
+from datafree.proxy.starts import fit_colours
+from datafree.proxy.targets import Target, at_work_on, normalised
 
 if TYPE_CHECKING:
     from datafree.models import Parent
 
-_BatchNorm = nn.modules.batchnorm._BatchNorm
-_SMOOTHING = 0.1  # of the labels: images are to look like a class, not to be extreme cases of it
+_FIRST_ROUND = 20  # steps
+_SHORTEST, _LONGEST = 1.0, 2.0  # a later round, as a share of the steps before it
+_WORTH = 0.1  # another round follows one that lowered what is over the goal by this share
+_HIGH = 2.0  # times the goal: a loss over that is said
 
 
 @register
@@ -49,26 +51,32 @@ class InversionSpec(SourceSpec):
             the network: for those without batch norm, such as vision transformers
     mode:   split: every shard's images are dealt to the parents in turn, each inverts its own part;
             joint: every image serves both parents at once, for parents trained on the same kind of data
-    steps:  of Adam    rate: the largest step, in pixel values on [0, 1]; warms up, then falls along a cosine
+    steps:  of Adam; auto: 20, and further rounds until the loss is what as many images of the training data would have,
+            or a round no longer lowers it by a tenth; each shard and parent for itself
+    max_steps: the most that `steps: auto` takes
+    rate:   the largest step, in pixel values on [0, 1]; in every round it warms up, then falls along a cosine
     smooth: weight of total variation    jitter: largest shift, as a fraction of the side
-    start:  what the descent starts from
+    start:  what the descent starts from    fit: recolour it first, so that the first batch norm finds its statistics
     coarse: share of the steps that is done first, on images of half the side
-    enough: stop where the loss is no more than this, None: all steps are done
+    enough: stop where the loss is no more than this, None: all steps are done, or what `auto` decides
     half:   bfloat16 arithmetic where the device is a GPU
     class_weight: of the cross-entropy to classes beside `loss: statistics`; 0: images belong to no class
     """
 
+    version: ClassVar[int] = 2
     later: ClassVar[frozenset[str]] = frozenset({"loss", "coarse", "enough", "half", "class_weight"})
 
     kind: Literal["inversion"] = "inversion"
     loss: Literal["statistics", "classes"] = "statistics"
     mode: Literal["split", "joint"] = "split"
-    steps: int = pydantic.Field(default=20, ge=1)
+    steps: Annotated[int, pydantic.Field(ge=1)] | Literal["auto"] = "auto"
+    max_steps: int = pydantic.Field(default=600, ge=1)
     rate: float = pydantic.Field(default=0.03, gt=0)
     smooth: float = pydantic.Field(default=0.05, ge=0)
     jitter: float = pydantic.Field(default=0.0625, ge=0, le=0.5)
     flip: bool = True
     start: Literal["procedural", "noise"] = "procedural"
+    fit: bool = True
     coarse: float = pydantic.Field(default=0.0, ge=0, lt=1)
     enough: float | None = pydantic.Field(default=None, gt=0)
     half: bool = False
@@ -80,75 +88,44 @@ class InversionSpec(SourceSpec):
             raise ValueError("class_weight stands beside loss: statistics; with loss: classes remove it")
         return self
 
+    @pydantic.model_validator(mode="after")
+    def _a_share_of_something(self) -> InversionSpec:
+        if self.coarse and self.steps == "auto":
+            raise ValueError(
+                "coarse is a share of the steps, so it needs a number: write steps, or remove coarse"
+            )
+        return self
+
+    def verdict(self, facts: Mapping[str, Any]) -> Sequence[str]:
+        if self.steps != "auto" or self.loss != "statistics":
+            return ()
+        high = [name for name, loss in facts["bn_loss"].items() if loss > _HIGH * facts["bn_loss_goal"][name]]
+        return [self._complaint(name, facts) for name in high]
+
+    def _complaint(self, name: str, facts: Mapping[str, Any]) -> str:
+        how, remedy = (
+            f"it got no further after {facts['steps'][name]:.0f} steps",
+            "set start: noise or another rate",
+        )
+        if facts["cut_off"][name] >= 0.5:  # of the shards
+            how = f"it was cut off at {self.max_steps} steps"
+            remedy = f"raise max_steps ({self.max_steps})"
+        return (
+            f"inversion of parent {name} did not converge: {how} with a batch-norm loss of "
+            f"{facts['bn_loss'][name]:.3f}, where as many images of its training data would have about "
+            f"{facts['bn_loss_goal'][name]:.3f}, so its images are poor proxies: {remedy} in proxy.sources, or use "
+            "public images (kind: images)"
+        )
+
     def bind(self, request: Request) -> Source:
         if self.loss == "statistics":
-            targets = [_Target.of(parent, request) for parent in request.parents]
+            targets = [Target.of(parent) for parent in request.parents]
         else:
-            targets = [_Target(parent, (), ()) for parent in request.parents]
+            targets = [Target(parent, (), ()) for parent in request.parents]
         if self.coarse:
             for target in targets:
                 _check_half_size(target.parent, request)
         return _Inversion(self, request, targets)
-
-
-@dataclass(frozen=True)
-class _Target:
-    """One parent, and those of its batch-norm layers that were trained; none for `loss: classes`."""
-
-    parent: Parent
-    layers: tuple[_BatchNorm, ...]
-    notes: tuple[str, ...]
-
-    @staticmethod
-    def of(parent: Parent, request: Request) -> _Target:
-        named = {
-            name: module for name, module in parent.module.named_modules() if isinstance(module, _BatchNorm)
-        }
-        stored = {name: layer for name, layer in named.items() if layer.running_mean is not None}
-        trained = {name: layer for name, layer in stored.items() if not _untouched(layer)}
-        if not trained:
-            why = (
-                f"all its {len(stored)} batch-norm layers still have mean 0 and variance 1, so it was "
-                "never trained"
-                if stored
-                else "it has no batch-norm layer with running statistics"
-            )
-            raise UsageError(
-                f"parent {parent.name} ({parent.reference}) cannot be inverted: {why}. Use another source: "
-                "public images (kind: images), diffusion samples (kind: diffusion), or procedural images; or "
-                "invert its predictions (loss: classes)"
-            )
-        skipped = sorted(set(stored) - set(trained))
-        notes = []
-        if skipped:
-            more = ", ..." if len(skipped) > 5 else ""
-            notes.append(
-                f"parent {parent.name}: {len(skipped)} of {len(stored)} batch-norm layers were never trained "
-                f"(mean 0, variance 1) and are left out of the inversion: {', '.join(skipped[:5])}{more}"
-            )
-        return _Target(parent, tuple(trained.values()), tuple(notes))
-
-    def pixels_in(self, pixels: Tensor) -> Tensor:
-        """This parent's input for pixels in [0, 1], (n, channels, height, width)."""
-        return _normalised(pixels, self.parent.preprocess)
-
-    def loss(self, pixels: Tensor, first: int = 0) -> Tensor:
-        """What is minimised besides smoothness, a scalar: L_BN, or the cross-entropy where no layer is matched."""
-        statistics, classes = self.losses(pixels, first)
-        return statistics if self.layers else classes
-
-    def losses(self, pixels: Tensor, first: int = 0) -> tuple[Tensor, Tensor]:
-        """L_BN, and the cross-entropy to classes dealt in turn, from image number `first` on."""
-        statistics, classes, _ = self.answers(pixels, first)
-        return statistics, classes
-
-    def answers(self, pixels: Tensor, first: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-        """Both losses, and the logits, (n, outputs)."""
-        with _listening(self.layers) as terms:
-            logits = self.parent.module(self.pixels_in(pixels))
-        labels = torch.arange(first, first + len(pixels), device=logits.device) % logits.shape[1]
-        classes = functional.cross_entropy(logits, labels, label_smoothing=_SMOOTHING)
-        return torch.stack(terms).mean() if terms else classes.new_zeros(()), classes, logits
 
 
 @dataclass(frozen=True)
@@ -168,7 +145,7 @@ class Opponent:
 
     def disagreement(self, pixels: Tensor, parent: str, logits: Tensor) -> Tensor:
         """Mean Jensen-Shannon divergence of its predictions and the parent's; pixels in [0, 1]."""
-        output = self.network(_normalised(pixels, self.preprocess))[:, self.columns[parent]]
+        output = self.network(normalised(pixels, self.preprocess))[:, self.columns[parent]]
         ours, theirs = (functional.log_softmax(x.float(), 1) for x in (output, logits))
         middle = torch.logaddexp(ours, theirs) - math.log(2)
         both = [functional.kl_div(middle, x, reduction="batchmean", log_target=True) for x in (ours, theirs)]
@@ -185,7 +162,7 @@ def images_in_dispute(spec: InversionSpec, request: Request, opponent: Opponent,
 
 
 class _Inversion:
-    def __init__(self, spec: InversionSpec, request: Request, targets: Sequence[_Target]) -> None:
+    def __init__(self, spec: InversionSpec, request: Request, targets: Sequence[Target]) -> None:
         self.opponent: Opponent | None = None
         self._spec = spec
         self._request = request
@@ -210,21 +187,27 @@ class _Inversion:
         pixels = self._start(index).to(self._request.device)
         images = torch.empty_like(pixels, dtype=torch.uint8)
         losses: dict[str, float] = {}
+        goals: dict[str, float] = {}
+        steps: dict[str, int] = {}
+        cut_off: dict[str, bool] = {}
         for number, (targets, rows) in enumerate(self._groups()):
-            with _on(self._request.device, targets):
+            with at_work_on(self._request.device, targets):
                 generator = self._request.generator(index, "descent", str(number))
                 first = index * len(pixels[rows])
-                found = self._descend(pixels[rows], targets, generator, first)
-                images[rows] = (found * 255).round().to(torch.uint8)
+                found, taken, cut = self._descend(pixels[rows], targets, generator, first)
+                images[rows] = _bytes(found)
                 losses |= self._losses(images[rows], targets, first)
+                steps |= {target.parent.name: taken for target in targets}
+                cut_off |= {target.parent.name: cut for target in targets}
+                goals |= self._goals(images[rows], targets)
         if self._spec.loss == "classes":
-            return Shard(images.cpu(), {"class_loss": losses})
-        facts: dict[str, Any] = {"bn_loss": losses}
+            return Shard(images.cpu(), {"class_loss": losses, "steps": steps})
+        facts: dict[str, Any] = {"bn_loss": losses, "bn_loss_goal": goals, "steps": steps, "cut_off": cut_off}
         if self._spec.mode == "joint" and index == 0:
             facts |= self._compatibility(pixels, losses)
         return Shard(images.cpu(), facts)
 
-    def _groups(self) -> list[tuple[list[_Target], slice]]:
+    def _groups(self) -> list[tuple[list[Target], slice]]:
         """Who shapes which images of a shard."""
         if self._spec.mode == "joint":
             return [(list(self._targets), slice(None))]
@@ -232,18 +215,24 @@ class _Inversion:
         return [([target], slice(number, None, count)) for number, target in enumerate(self._targets)]
 
     @torch.no_grad()
-    def _losses(self, images: Tensor, targets: Sequence[_Target], first: int) -> dict[str, float]:
+    def _losses(self, images: Tensor, targets: Sequence[Target], first: int) -> dict[str, float]:
         """The loss of uint8 images for each parent."""
         return {target.parent.name: float(target.loss(images.float() / 255, first)) for target in targets}
+
+    def _goals(self, images: Tensor, targets: Sequence[Target]) -> dict[str, float]:
+        """The loss at which each parent is content with uint8 images."""
+        if self._spec.enough is not None:
+            return {target.parent.name: self._spec.enough for target in targets}
+        return {target.parent.name: target.goal(images.float() / 255) for target in targets}
 
     def _compatibility(self, pixels: Tensor, joint: Mapping[str, float]) -> dict[str, Any]:
         """What each parent's loss is when it has the same images to itself, and a warning where that is far less."""
         alone: dict[str, float] = {}
         for number, target in enumerate(self._targets):
-            with _on(self._request.device, [target]):
+            with at_work_on(self._request.device, [target]):
                 generator = self._request.generator(0, "alone", str(number))
-                found = self._descend(pixels, [target], generator, 0)
-                alone |= self._losses((found * 255).round().to(torch.uint8), [target], 0)
+                found, _, _ = self._descend(pixels, [target], generator, 0)
+                alone |= self._losses(_bytes(found), [target], 0)
         torn = [name for name in alone if joint[name] > 2 * alone[name]]
         if not torn:
             return {"bn_loss_alone": alone}
@@ -266,28 +255,62 @@ class _Inversion:
         return match_channels(painted, self._request.channels).float() / 255
 
     def _descend(
-        self, pixels: Tensor, targets: Sequence[_Target], generator: torch.Generator, number: int
-    ) -> Tensor:
-        """The images after `steps` of Adam, some of them at half the size; pixels stay in [0, 1].
+        self, pixels: Tensor, targets: Sequence[Target], generator: torch.Generator, number: int
+    ) -> tuple[Tensor, int, bool]:
+        """The images, in [0, 1]; the steps it took; and whether max_steps ended it before it was content.
 
         number: of the first image among all that these targets shape, which decides its class
         """
         spec, size = self._spec, self._request.size
+        if spec.fit and spec.loss == "statistics":
+            pixels = fit_colours(pixels, targets)
+        if spec.steps == "auto":
+            return self._rounds(pixels, targets, generator, number)
         first = round(spec.coarse * spec.steps)
+        taken = 0
         if first:
             half = functional.interpolate(pixels, _half(size), mode="area")
-            half = self._adam(half, targets, generator, first, number)
+            half, taken = self._adam(half, targets, generator, first, number)
             pixels = functional.interpolate(half, size, mode="bilinear", align_corners=False)
-        return self._adam(pixels, targets, generator, spec.steps - first, number)
+        pixels, more = self._adam(pixels, targets, generator, spec.steps - first, number)
+        return pixels, taken + more, False
+
+    def _rounds(
+        self, pixels: Tensor, targets: Sequence[Target], generator: torch.Generator, number: int
+    ) -> tuple[Tensor, int, bool]:
+        """Rounds of descent, each with a schedule of its own, until the loss is at its goal or another is not worth it.
+
+        Losses fall about as one over the steps, which tells how many are missing. A pure function of its arguments: no
+        clock, and nothing of other shards, decides (docs/decisions/0010).
+        """
+        best, taken, length, ratio = pixels, 0, _FIRST_ROUND, math.inf
+        while taken < self._spec.max_steps:
+            length = min(length, self._spec.max_steps - taken)
+            pixels, done = self._adam(best, targets, generator, length, number)
+            taken += done
+            reached = self._ratio(_bytes(pixels), targets, number)
+            worth = reached - 1 <= (1 - _WORTH) * (ratio - 1)
+            if reached < ratio:
+                best, ratio = pixels, reached
+            if ratio <= 1 or not worth:
+                return best, taken, False
+            length = round(taken * min(max(ratio - 1, _SHORTEST), _LONGEST))
+        return best, taken, True
+
+    def _ratio(self, images: Tensor, targets: Sequence[Target], number: int) -> float:
+        """The loss of uint8 images over its goal, of the target that is furthest from being content."""
+        losses, goals = self._losses(images, targets, number), self._goals(images, targets)
+        return max(losses[name] / goals[name] for name in goals)
 
     def _adam(
         self,
         pixels: Tensor,
-        targets: Sequence[_Target],
+        targets: Sequence[Target],
         generator: torch.Generator,
         steps: int,
         number: int,
-    ) -> Tensor:
+    ) -> tuple[Tensor, int]:
+        """The images after one schedule of `steps`, and how many of them were done before `enough` was reached."""
         spec = self._spec
         pixels = pixels.clone().requires_grad_()
         optimiser = torch.optim.Adam([pixels], lr=spec.rate, betas=(0.5, 0.9))
@@ -311,7 +334,7 @@ class _Inversion:
                         dispute = self.opponent.disagreement(seen, target.parent.name, logits)
                         loss = loss - self.opponent.weight * dispute
             if spec.enough is not None and fits <= spec.enough * len(targets):
-                break
+                return pixels.detach(), step
             (pixels.grad,) = torch.autograd.grad(loss, [pixels])
             if not torch.isfinite(loss):
                 raise RunError(
@@ -321,15 +344,12 @@ class _Inversion:
             optimiser.step()
             with torch.no_grad():
                 pixels.clamp_(0, 1)
-        return pixels.detach()
+        return pixels.detach(), steps
 
 
-def _normalised(pixels: Tensor, preprocess: Preprocess) -> Tensor:
-    """A network's input for pixels in [0, 1], (n, channels, height, width)."""
-    mean, std = (
-        torch.tensor(x, device=pixels.device).view(-1, 1, 1) for x in (preprocess.mean, preprocess.std)
-    )
-    return (pixels - mean) / std
+def _bytes(pixels: Tensor) -> Tensor:
+    """uint8 of pixels in [0, 1]."""
+    return (pixels * 255).round().to(torch.uint8)
 
 
 def _half(size: tuple[int, int]) -> tuple[int, int]:
@@ -374,76 +394,3 @@ def _shifted(pixels: Tensor, reach: tuple[int, int], flip: bool, generator: torc
         pixels = functional.pad(pixels, (reach[1], reach[1], reach[0], reach[0]), mode="reflect")
         pixels = pixels[..., down : down + height, across : across + width]
     return pixels.flip(-1) if mirrored else pixels
-
-
-def _untouched(layer: _BatchNorm) -> bool:
-    """Whether the running statistics are still those of a new layer."""
-    mean, variance = layer.running_mean, layer.running_var
-    assert mean is not None
-    assert variance is not None
-    return bool((mean == 0).all() and (variance == 1).all())
-
-
-@contextmanager
-def _listening(layers: Sequence[_BatchNorm]) -> Iterator[list[Tensor]]:
-    """Collects each layer's term of L_BN from its input while the network runs."""
-    terms: list[Tensor] = []
-
-    def listen(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        assert isinstance(layer, _BatchNorm)
-        term = _StatisticsLoss.apply(inputs[0], layer.running_mean, layer.running_var, layer.eps)
-        assert isinstance(term, Tensor)
-        terms.append(term)
-
-    handles = [layer.register_forward_pre_hook(listen) for layer in layers]
-    try:
-        yield terms
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def _on(device: torch.device, targets: Sequence[_Target]) -> Iterator[None]:
-    """The parents moved to `device` for the while, parameters frozen, in evaluation mode."""
-    homes = [next(target.parent.module.parameters()).device for target in targets]
-    try:
-        for target in targets:
-            target.parent.module.to(device)
-        yield
-    finally:
-        for target, home in zip(targets, homes, strict=True):
-            target.parent.module.to(home)
-
-
-class _StatisticsLoss(torch.autograd.Function):
-    """One layer's term of L_BN, averaged over its channels.
-    channels.
-
-    The gradient is affine in the input, channel by channel, so it is written down instead of recorded: with
-    sums that run along contiguous memory this costs a few per cent of a step, where `torch.var_mean` costs
-    as much as a convolution.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, mean: Tensor, variance: Tensor, eps: float) -> Tensor:
-        channels = value.shape[1]
-        count = value.numel() // channels
-        flat = value.reshape(len(value), channels, -1)
-        if flat.dtype in (torch.float16, torch.bfloat16):
-            flat = flat.float()
-        found = flat.sum(2).sum(0) / count
-        square = torch.linalg.vector_norm(flat, dim=2).square().sum(0) / count
-        spread = (square - found.square()).clamp_min(0) + eps
-        offset, ratio = found - mean, torch.log(spread / (variance + eps))
-        slope = 4 * ratio / spread / (count * channels)
-        constant = 2 * offset / (variance + eps) / (count * channels) - slope * found
-        ctx.save_for_backward(value, slope, constant)
-        return (offset.square() / (variance + eps) + ratio.square()).mean()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        value, slope, constant = ctx.saved_tensors
-        shape = (1, -1, *(1 for _ in value.shape[2:]))
-        slope, constant = (slope * gradients[0]).view(shape), (constant * gradients[0]).view(shape)
-        return torch.addcmul(constant, value, slope).to(value.dtype), None, None, None

@@ -77,9 +77,7 @@ class Source(Protocol):
         ...
 
     def key(self) -> Mapping[str, Any]:
-        """Everything JSON-able that pixels depend on besides the section, the seed, the size and the
-        channels.
-        """
+        """Everything JSON-able that pixels depend on besides the section, the seed, the size and the channels."""
         ...
 
     def shard(self, index: int) -> Shard: ...
@@ -108,9 +106,11 @@ class SourceSpec(Spec, ABC):
 
     @abstractmethod
     def bind(self, request: Request) -> Source:
-        """Open files, check parents and sizes; raises UsageError within seconds where the source cannot
-        work.
-        """
+        """Open files, check parents and sizes; raises UsageError within seconds where the source cannot work."""
+
+    def verdict(self, facts: Mapping[str, Any]) -> Sequence[str]:
+        """Sentences for the report on what was made, from the shards' facts averaged: what to know and what to do."""
+        return ()
 
 
 SOURCES: dict[str, type[SourceSpec]] = {}
@@ -119,9 +119,7 @@ _Kind = TypeVar("_Kind", bound=type[SourceSpec])
 
 
 def register(spec: _Kind) -> _Kind:
-    """Class decorator: makes the kind known to recipes. A second class of the same kind is a bug and raises
-    ValueError.
-    """
+    """Class decorator: makes the kind known to recipes. A second class of one kind is a bug and raises ValueError."""
     kind = spec.model_fields["kind"].default
     if kind in SOURCES:
         raise ValueError(f"proxy source {kind!r} is registered twice: {SOURCES[kind]!r} and {spec!r}")
