@@ -157,6 +157,7 @@ def _results(
         *parents.notes,
         *networks.symmetry.program.notes,
         *networks.symmetry.notes,
+        *networks.notes,
         *proxies.notes,
         *_dead(merged),
         *work.progress.notes,

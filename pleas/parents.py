@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from string import ascii_lowercase
 
 import torch
 from torch import Tensor, nn
 
 from pleas.errors import ArchitectureMismatch, InputError, NonFinite
+from pleas.guards import check_forwards, ensemble_obstacles, parent_names
 from pleas.layers import Layer, find_layers
 from pleas.settings import MergeSettings
 from pleas.symmetry import Symmetry, state_of, trace
+from pleas.symmetry.copies import evaluation_copy, plain
 
 DEFAULTS = MergeSettings()
 MOST = 16  # parents: owners are bits of a mask, and moments grow with the square
@@ -25,7 +25,9 @@ class Parents:
     """Two or more networks of one architecture, and its permutation symmetry.
 
     names:   what messages call them, in order
-    modules: in evaluation mode, frozen: copies of what was given, which stays as it is
+    modules: in evaluation mode, frozen: copies of what was given, which stays as it is, weight norms and the like
+             folded into the weights
+    notes:   what is to be said of them, one sentence each
     example: a batch of images (N, C, H, W) as the networks take them: its values do not matter
     """
 
@@ -34,6 +36,7 @@ class Parents:
     symmetry: Symmetry
     example: Tensor = field(repr=False)
     settings: MergeSettings = DEFAULTS
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def of(
@@ -45,16 +48,19 @@ class Parents:
         names: Sequence[str] | None = None,
         symmetry: Symmetry | None = None,
     ) -> Parents:
-        """Check that `modules` are one architecture with finite weights, and trace it.
+        """Check that `modules` are one architecture with finite weights that computes one function, and trace it.
 
         names:    for messages; a, b, c ... by default
         symmetry: what `trace` gave for the first, where the caller has it
         Raises InputError, ArchitectureMismatch, NonFinite, UnsupportedModel.
         """
-        names = tuple(names) if names is not None else tuple(ascii_lowercase[: len(modules)])
-        check_parents(modules, settings, names=names)
-        frozen = tuple(copy.deepcopy(module).eval().requires_grad_(False) for module in modules)
-        return cls(names, frozen, symmetry or trace(frozen[0], example), example, settings)
+        names = tuple(names) if names is not None else parent_names(len(modules))
+        folded = [plain(module) for module in modules]
+        check_parents(folded, settings, names=names)
+        frozen = tuple(evaluation_copy(module, share=False).requires_grad_(False) for module in folded)
+        symmetry = symmetry or trace(frozen[0], example)
+        notes = check_forwards(symmetry.program, frozen, example, names)
+        return cls(names, frozen, symmetry, example, settings, (*notes, *ensemble_obstacles(symmetry)))
 
     @property
     def count(self) -> int:
@@ -84,7 +90,7 @@ def check_parents(
 ) -> None:
     """Raise unless the parents are one architecture with finite weights; with separate heads their last tensors may
     differ in the number of outputs. Says which pair and which tensors differ."""
-    names = tuple(names) if names is not None else tuple(ascii_lowercase[: len(modules)])
+    names = tuple(names) if names is not None else parent_names(len(modules))
     if not 2 <= len(modules) <= MOST:
         raise InputError(
             f"{len(modules)} parent{'s' * (len(modules) != 1)}: a merge takes 2 to {MOST} networks of one architecture"

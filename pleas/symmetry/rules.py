@@ -96,7 +96,7 @@ def supported_ops() -> dict[str, str]:
 
 
 @rule("clone", "_to_copy", "detach", "alias", "lift_fresh_copy", "contiguous", "copy", "where", "masked_fill")
-@rule("_prelu_kernel", "native_dropout", "addcmul", "addcdiv", "lerp", "isin", "dropout")
+@rule("leaky_relu", "_prelu_kernel", "native_dropout", "addcmul", "addcdiv", "lerp", "isin", "dropout")
 def pointwise(op: Op) -> Result:
     """Element-wise with broadcasting: labels that meet in an element are related."""
     result = op.algebra.meet(op.values, op.shape)
