@@ -48,7 +48,7 @@ def test_merging_permuted_copies_gives_the_model_back_at_every_width(
     a, x = parents(name)[0], images(name, 16, seed=9)
     result = run(name, *family(name, count), apart=apart)
     assert difference(outputs(result.module, x), outputs(a, x)) < 1e-3
-    assert (result.ratio > 1) == (apart > 0)
+    assert (result.plan.share_apart > 0) == (apart > 0)
     assert result.held_out_error is not None
     assert result.held_out_error < 1e-6
 
