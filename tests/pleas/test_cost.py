@@ -14,8 +14,8 @@ from pleas.cost import FlopModel
 from pleas.layout import ClassPlan, everyone
 from pleas.module import flops
 from pleas.propagate import averaged_state
-from tests.merging import NAMES, evidence_of, parents, traced
 from tests.cases import CASES
+from tests.merging import NAMES, evidence_of, parents, traced
 
 
 def random_partition(parents: int, generator: torch.Generator) -> list[int]:

@@ -126,7 +126,10 @@ def test_permuted_copies_give_the_model_back(apart: float, count: int) -> None:
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (InBatch, r"module 'rise' \(aten.linear.default\) has units in its batch dimension: the parents' rows cannot"),
+        (
+            InBatch,
+            r"module 'rise' \(aten.linear.default\) has units in its batch dimension: the parents' rows cannot",
+        ),
         (lambda: OverTokens(nn.BatchNorm1d(8)), r"module 'between' .* has units as its positions"),
     ],
 )

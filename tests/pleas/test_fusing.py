@@ -30,8 +30,8 @@ def of_two_layers(count: int) -> tuple[Evidence, Tensor]:
 
 @pytest.mark.parametrize("count", [2, 3])
 def test_costs_are_what_regressions_gain_by_seeing_the_difference(count: int) -> None:
-    """For every set of owners, owner and unit: regress the reader's outputs on the fused units, with and without what this
-    owner's unit loses by fusing."""
+    """For every set of owners, owner and unit: regress the reader's outputs on the fused units, with and without what
+    this owner's unit loses by fusing."""
     evidence, x = of_two_layers(count)
     (hidden,) = evidence.costs.error
     modules, alignments = evidence.parents.modules, evidence.alignments
@@ -48,7 +48,7 @@ def test_costs_are_what_regressions_gain_by_seeing_the_difference(count: int) ->
     assert sorted(evidence.costs.error[hidden]) == priced_masks(count)
     for mask, found in evidence.costs.error[hidden].items():
         held = owners(mask)
-        fused = sum(reads[p] for p in held) / len(held)
+        fused = torch.stack([reads[p] for p in held]).mean(0)
         gained = torch.zeros(5).double()
         for p in held:
             lost = reads[p] - fused
@@ -108,7 +108,7 @@ def test_of_three_the_stranger_leaves_first() -> None:
 
 
 def test_of_four_two_pairs_part_in_the_middle() -> None:
-    error = {mask: 5.0 for mask in priced_masks(4)} | {0b0011: 0.0, 0b1100: 0.0, 0b1111: 9.0}
+    error = dict.fromkeys(priced_masks(4), 5.0) | {0b0011: 0.0, 0b1100: 0.0, 0b1111: 9.0}
     costs = by_hand(error, dict.fromkeys(combinations(range(4), 2), 0.5), 4)
     first, *rest = costs.splits()[0]
     assert set(first.parts) == {0b0011, 0b1100}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -45,7 +46,11 @@ class Tied(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.norm, self.free, self.head = nn.LayerNorm(6), nn.LayerNorm(6, elementwise_affine=False), nn.Linear(6, 3)
+        self.norm, self.free, self.head = (
+            nn.LayerNorm(6),
+            nn.LayerNorm(6, elementwise_affine=False),
+            nn.Linear(6, 3),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.free(self.norm(torch.relu(self.norm(x)))))
@@ -60,7 +65,7 @@ def test_norms_that_stand_twice_or_have_no_parameters_are_left_to_averaging() ->
 
 @pytest.mark.parametrize("t", [0.0, 1.0])
 def test_the_first_norm_is_the_regression_of_each_unit(t: float) -> None:
-    """On the normalised mean of the parents' inputs, or of what the merged network gives, towards their mean outputs."""
+    """On the normalised mean of the parents' inputs or what the merged network gives, towards their mean outputs."""
     a, b, batches = networks()
     evidence = pleas.gather(Parents.of([a, b], batches[0][:2], SETTINGS), batches)
     drawing = draw(evidence.parents, pleas.make_plan(evidence, budget=1.0))
@@ -88,7 +93,7 @@ def test_the_first_norm_is_the_regression_of_each_unit(t: float) -> None:
 
 def _at(model: nn.Module, name: str, state: dict[str, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
     """What a module with these tensors reads and gives."""
-    found: list[tuple[Tensor, Tensor]] = []
+    found: list[Any] = []
     model = copy.deepcopy(model)
     model.load_state_dict({key: state.get(key, value) for key, value in model.state_dict().items()})
     model.get_submodule(name).register_forward_hook(lambda _, args, out: found.append((args[0], out)))

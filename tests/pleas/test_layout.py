@@ -48,7 +48,7 @@ def test_one_class_is_a_only_then_fused_then_b_only() -> None:
 
 
 def test_flattened_map_repeats_whole_runs() -> None:
-    """Channel-major flatten: a merged unit brings its whole map along, in the place of the class that it is dealt to."""
+    """Channel-major flatten: a merged unit brings its whole map along, in the place that it is dealt to."""
     layout = of_two([0] * 6, [0, 0, 1, 1, 2, 2], {0: plan(3, [2])})
     assert layout.sources[0].tolist() == [4, 5, 0, 1, 2, 3, 4, 5]
     assert layout.masks.tolist() == [A] * 2 + [BOTH] * 4 + [B] * 2
@@ -131,7 +131,9 @@ def test_heads_stand_side_by_side_whatever_their_sizes() -> None:
 
 
 def test_heads_of_several_layers_are_refused() -> None:
-    with pytest.raises(UnsupportedModel, match="separate heads need a model whose output axis is the outputs of one"):
+    with pytest.raises(
+        UnsupportedModel, match="separate heads need a model whose output axis is the outputs of one"
+    ):
         lay_out(units([0, 0, 1], [0, 1, 0]), {0: heads(2, 2), 1: heads(1, 1)}, 2)
 
 

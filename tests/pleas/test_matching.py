@@ -21,8 +21,7 @@ WEIGHT = replace(SETTINGS, matching="weight")
 
 def same(first: Permutation, second: Permutation) -> bool:
     return all(
-        torch.equal(x.perm, y.perm)
-        and all(same(a, b) for a, b in zip(x.children, y.children, strict=True))
+        torch.equal(x.perm, y.perm) and all(same(a, b) for a, b in zip(x.children, y.children, strict=True))
         for x, y in zip(first, second, strict=True)
     )
 
@@ -153,5 +152,3 @@ def test_heads_of_other_label_sets_do_not_take_part() -> None:
     b[0].load_state_dict(a[0].state_dict())
     made = Parents.of([a, b], torch.zeros(2, 6), replace(WEIGHT, heads="separate"))
     assert all(torch.equal(x.perm, torch.arange(len(x.perm))) for x in pleas.match(made, None)[1])
-
-

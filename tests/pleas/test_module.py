@@ -87,10 +87,14 @@ def test_a_copy_shares_nothing_and_keeps_what_can_be_trained() -> None:
     assert copy.deepcopy(module.double()).eval()(images("residual", 2).double()).dtype == torch.float64
 
 
-@pytest.mark.parametrize("target", ["os.system", "torch.load", "aten.nothing_like_this.default", "builtins.eval"])
+@pytest.mark.parametrize(
+    "target", ["os.system", "torch.load", "aten.nothing_like_this.default", "builtins.eval"]
+)
 def test_a_description_cannot_name_code_to_run(target: str) -> None:
     node = {"name": "x", "op": "call_function", "target": target, "args": ["true"], "kwargs": {}}
-    with pytest.raises(InputError, match=rf"module config calls '{target}': only aten ops and plain operators"):
+    with pytest.raises(
+        InputError, match=rf"module config calls '{target}': only aten ops and plain operators"
+    ):
         graph_from_data([node])
 
 

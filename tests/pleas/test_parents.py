@@ -67,12 +67,14 @@ def test_every_parent_has_a_name_of_its_own() -> None:
 def test_the_pair_and_the_tensors_that_differ_are_named() -> None:
     with pytest.raises(
         ArchitectureMismatch,
-        match=r"parents one and three are not one architecture; tensors that differ:\n  0\.weight: \(5, 6\) in one, \(7, 6\)"
-        r" in three(.|\n)*Merge checkpoints of the same model definition\.",
+        match=r"parents one and three are not one architecture; tensors that differ:\n"
+        r"  0\.weight: \(5, 6\) in one, \(7, 6\) in three(.|\n)*Merge checkpoints of the same model definition\.",
     ):
         check_parents([net(0), net(1), net(2, width=7)], names=("one", "two", "three"))
     other = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
-    with pytest.raises(ArchitectureMismatch, match=r"only in a: 1\.bias, .*\n  only in b: 2\.bias, 2\.weight"):
+    with pytest.raises(
+        ArchitectureMismatch, match=r"only in a: 1\.bias, .*\n  only in b: 2\.bias, 2\.weight"
+    ):
         check_parents([net(0), other])
 
 

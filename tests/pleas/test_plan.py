@@ -30,7 +30,9 @@ def test_a_plan_fuses_the_most_similar_pairs() -> None:
         assert similarity[0, 1][fused].min() >= similarity[0, 1][apart].max()
 
 
-@pytest.mark.parametrize(("name", "count"), [*((name, 2) for name in NAMES), ("residual", 3), ("residual", 5)])
+@pytest.mark.parametrize(
+    ("name", "count"), [*((name, 2) for name in NAMES), ("residual", 3), ("residual", 5)]
+)
 def test_every_unit_of_every_parent_has_one_place(name: str, count: int) -> None:
     known = evidence(count, name)
     for apart in (0.0, 0.3, 1.0):
@@ -86,10 +88,11 @@ def test_late_layers_first_and_early_layers_first() -> None:
     zipped, early = (pleas.make_plan(known, budget=1.3, allocation=one) for one in ("zip", "early"))
     classes = list(known.costs.error)
     by_depth = sorted(classes, key=FlopModel(known.parents.symmetry, 2).depth)
-    assert zipped.classes[by_depth[-1]].share_apart == 1
-    assert zipped.classes[by_depth[0]].share_apart < 1
-    assert early.classes[by_depth[0]].share_apart == 1
-    assert early.classes[by_depth[-1]].share_apart < 1
+    for plan, order in ((early, by_depth), (zipped, by_depth[::-1])):
+        shares = [plan.classes[c].share_apart for c in order]
+        assert shares[0] > 0.5
+        assert shares[-1] == 0
+        assert shares == sorted(shares, reverse=True)
 
 
 def test_the_error_allocation_saves_at_least_as_much_as_the_uniform_one() -> None:
@@ -114,7 +117,10 @@ def test_separate_heads_are_one_output_class_of_all() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"budget": 2.5}, r"budget = 2.5: must lie between 1.0 \(one parent\) and 2.0 \(all 2 side by side\)"),
+        (
+            {"budget": 2.5},
+            r"budget = 2.5: must lie between 1.0 \(one parent\) and 2.0 \(all 2 side by side\)",
+        ),
         ({"budget": 0.9}, "budget = 0.9: must lie between 1.0"),
         ({"budget": float("nan")}, "budget = nan: must lie between"),
         ({"apart": -0.1}, "apart = -0.1: must lie between 0"),

@@ -104,15 +104,15 @@ def mean(values: list[Tensor]) -> Tensor:
 
 @pytest.mark.parametrize(("t", "count"), [(0.0, 2), (1.0, 2), (0.7, 3)])
 def test_every_layer_is_dense_least_squares_on_the_mixture(t: float, count: int) -> None:
-    """t = 0: on the parents' mean inputs, towards their mean outputs. t = 1: on the rows of the merged network so far. After
-    a block's last layer the target makes up for what the shortcut lacks, but not with t = 0."""
+    """t = 0: on the parents' mean inputs, towards their mean outputs. t = 1: on the rows of the merged network so far.
+    After a block's last layer the target makes up for what the shortcut lacks, but not with t = 0."""
     evidence = exact("residual", count)
     solved, module = solve(evidence, t)
     x = fitted(evidence)
     ours = seen(module, x)
     theirs = [seen(parent, x) for parent in aligned(evidence)]
     layers = evidence.parents.layers
-    assert len(layers) == len(solved.layers) == 13
+    assert len(layers) == len(solved.layers) == 12
     for layer in layers:
         conv, last = module.get_submodule(layer.name), layer.norm.name if layer.norm else layer.name
         z = (1 - t) * mean([reads[layer.name] for reads, _ in theirs]) + t * ours[0][layer.name]
@@ -175,9 +175,7 @@ def test_the_stream_is_put_right_behind_every_block(monkeypatch: pytest.MonkeyPa
 def _sums(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     """What stands before the last ReLU of every residual block."""
     _, gives = seen(model, x)
-    return {
-        block: gives[f"{block}.shortcut"] + gives[f"{block}.expand"] for block in ("1", "2", "3")
-    }
+    return {block: gives[f"{block}.shortcut"] + gives[f"{block}.expand"] for block in ("1", "2", "3")}
 
 
 class Twice(nn.Module):
@@ -253,7 +251,9 @@ def test_a_norm_that_stands_alone_is_a_regression_of_every_unit(t: float) -> Non
             prior = mean([own[0][unit] for own in priors]).view(1, 1)
             dense = ridge_by_lstsq(rows, target, prior, damping, intercept=True)
             assert float(scale[unit]) == pytest.approx(float(dense), rel=1e-6)
-            assert float(shift[unit]) == pytest.approx(float(target.mean() - dense * rows.mean()), rel=1e-5, abs=1e-8)
+            assert float(shift[unit]) == pytest.approx(
+                float(target.mean() - dense * rows.mean()), rel=1e-5, abs=1e-8
+            )
 
 
 def test_held_out_images_are_one_of_every_run() -> None:

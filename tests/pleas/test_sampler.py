@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from pleas.settings import MergeSettings
 from pleas.sampler import PositionSampler
+from pleas.settings import MergeSettings
 
 FEW = MergeSettings(positions=5, seed=3)
 

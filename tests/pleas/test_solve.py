@@ -31,15 +31,17 @@ from pleas.symmetry import DimUnits
 from tests.reference import ridge_by_lstsq
 
 F64: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-9}
-C, O = 5, 4  # units of the parents' inputs and outputs
-PLANS: list[tuple[int, list[list[int]], list[list[int]]]] = [  # parents, the masks of every input and of every output
-    (2, [[3]] * C, [[3]] * O),
+IN, OUT = 5, 4  # units of the parents' inputs and outputs
+PLANS: list[
+    tuple[int, list[list[int]], list[list[int]]]
+] = [  # parents, the masks of every input and of every output
+    (2, [[3]] * IN, [[3]] * OUT),
     (2, [[3], [1, 2], [3], [1, 2], [3]], [[1, 2], [3], [3], [3]]),
-    (2, [[1, 2]] * C, [[1, 2]] * O),
-    (2, [[3], [3], [1, 2], [3], [3]], [[3]] * O),
-    (2, [[3]] * C, [[3], [1, 2], [1, 2], [3]]),
+    (2, [[1, 2]] * IN, [[1, 2]] * OUT),
+    (2, [[3], [3], [1, 2], [3], [3]], [[3]] * OUT),
+    (2, [[3]] * IN, [[3], [1, 2], [1, 2], [3]]),
     (3, [[7], [1, 2, 4], [3, 4], [5, 2], [7]], [[6, 1], [7], [1, 2, 4], [3, 4]]),
-    (3, [[1, 2, 4]] * C, [[1, 2, 4]] * O),
+    (3, [[1, 2, 4]] * IN, [[1, 2, 4]] * OUT),
 ]
 
 
@@ -64,11 +66,11 @@ class Setting:
     ) -> None:
         torch.manual_seed(0)
         self.taps = taps
-        layer = Layer("fc", ("fc",), "fc.weight", "fc.bias" if bias else None, taps, C, O)
-        common = torch.randn(rows, taps, C).double() + 1
-        self.rows = [common + 0.7 * torch.randn(rows, taps, C).double() for _ in range(parents)]
+        layer = Layer("fc", ("fc",), "fc.weight", "fc.bias" if bias else None, taps, IN, OUT)
+        common = torch.randn(rows, taps, IN).double() + 1
+        self.rows = [common + 0.7 * torch.randn(rows, taps, IN).double() for _ in range(parents)]
         self.parents = [
-            (torch.randn(O, taps * C).double(), torch.randn(O).double() * bias) for _ in range(parents)
+            (torch.randn(OUT, taps * IN).double(), torch.randn(OUT).double() * bias) for _ in range(parents)
         ]
         self.inputs, self.outputs = axis(inputs, parents), axis(outputs, parents)
         self.blocks = blocks_of(layer, self.inputs, self.outputs)
@@ -177,7 +179,7 @@ def test_evidence_is_what_rows_through_the_layer_measure(
 def test_fully_apart_gives_the_parents_own_weights() -> None:
     for parents in (2, 3):
         alone = [1 << p for p in range(parents)]
-        s = Setting(parents, [alone] * C, [alone] * O)
+        s = Setting(parents, [alone] * IN, [alone] * OUT)
         solution = s.solve(1e-3)
         torch.testing.assert_close(solution.weight, torch.block_diag(*(w for w, _ in s.parents)), **F64)
         torch.testing.assert_close(solution.bias, torch.cat([b for _, b in s.parents]), **F64)
@@ -191,7 +193,7 @@ def test_identical_parents_come_back_at_every_width(
     """Also where the rows alone would not say so: the prior does, and nothing is left to fit."""
     s = Setting(parents, inputs, outputs, rows=3)
     s.rows, s.parents = s.rows[:1] * parents, s.parents[:1] * parents
-    layer = Layer("fc", ("fc",), "fc.weight", "fc.bias", 1, C, O)
+    layer = Layer("fc", ("fc",), "fc.weight", "fc.bias", 1, IN, OUT)
     s.prior = prior_of(layer, s.parents, s.inputs, s.outputs)
     solution = s.solve()
     torch.testing.assert_close(s.z @ solution.weight.T + solution.bias, s.t, **F64)
@@ -217,7 +219,9 @@ def test_grouped_solve_equals_one_solve_per_group(parents: int) -> None:
     torch.manual_seed(2)
     groups, per_in, per_out, taps, n = 4, 2, 3, 4, 200
     geometry = ((2, 2), (1, 1), (0, 0), (1, 1))
-    layer = Layer("g", ("g",), "g.weight", "g.bias", taps, groups * per_in, groups * per_out, groups, *geometry)
+    layer = Layer(
+        "g", ("g",), "g.weight", "g.bias", taps, groups * per_in, groups * per_out, groups, *geometry
+    )
     alone = [1 << p for p in range(parents)]
     plan = {0: ClassPlan.of([[everyone(parents)], alone, [everyone(parents)], [3, *alone[2:]]], parents)}
     inputs = lay_out(DimUnits(torch.zeros(8).long(), torch.arange(8) // per_in), plan, parents)
@@ -278,7 +282,9 @@ def test_rows_that_are_not_finite_are_refused_with_the_layers_name() -> None:
     z[7, 2] = float("nan")
     sums = Equations(s.layer, s.prior)
     sums.add(z[None], s.t[None])
-    with pytest.raises(NonFinite, match=r"layer 'fc': its second moments are NaN or infinite\. Look at the proxies"):
+    with pytest.raises(
+        NonFinite, match=r"layer 'fc': its second moments are NaN or infinite\. Look at the proxies"
+    ):
         sums.solve(s.blocks, 1e-3, 0.25)
 
 
@@ -338,7 +344,11 @@ def test_a_layer_before_a_batch_norm_has_an_intercept() -> None:
 def test_damped_solve_of_a_definite_matrix_is_the_inverse() -> None:
     torch.manual_seed(4)
     root = torch.randn(3, 6, 6).double()
-    matrix, right, damping = root @ root.mT, torch.randn(3, 6, 2).double(), torch.tensor([0.1, 1.0, 3.0]).double()
+    matrix, right, damping = (
+        root @ root.mT,
+        torch.randn(3, 6, 2).double(),
+        torch.tensor([0.1, 1.0, 3.0]).double(),
+    )
     expected = torch.linalg.solve(matrix + damping[:, None, None] * torch.eye(6).double(), right)
     torch.testing.assert_close(damped_solve(matrix, damping, right, "fc"), expected, **F64)
 

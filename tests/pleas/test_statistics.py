@@ -54,7 +54,11 @@ def test_inputs_and_outputs_of_every_layer_are_read() -> None:
     layers = {(layer.weight, dim) for layer in networks.layers for dim in (0, 1)}
     assert layers <= sites
     # Batch norms that stand alone are read as what they normalise.
-    assert {name for name, _ in sites - layers} == {"1.bn1.running_mean", "2.bn1.running_mean", "3.running_mean"}
+    assert {name for name, _ in sites - layers} == {
+        "1.bn1.running_mean",
+        "2.bn1.running_mean",
+        "3.running_mean",
+    }
 
 
 @pytest.mark.parametrize("count", [2, 3])
@@ -148,7 +152,9 @@ def test_bad_batches_say_what_they_hold() -> None:
         ((x, "cat"), r"\[\(4, 3, 16, 16\), 'str'\]"),
         ([x], r"\[\(4, 3, 16, 16\)\]"),
     ):
-        with pytest.raises(InputError, match=f"a batch holds {held}, and there are 2 parents: give one tensor"):
+        with pytest.raises(
+            InputError, match=f"a batch holds {held}, and there are 2 parents: give one tensor"
+        ):
             pleas.collect(networks, [batch])  # type: ignore[list-item]
 
 
@@ -158,14 +164,16 @@ def test_no_images_are_refused() -> None:
 
 
 def test_activations_that_are_not_finite_name_parent_and_layer() -> None:
-    with pytest.raises(NonFinite, match=r"parent a: the input of layer '0\.0' is NaN or infinite on the proxy"):
+    with pytest.raises(
+        NonFinite, match=r"parent a: the input of layer '0\.0' is NaN or infinite on the proxy"
+    ):
         pleas.collect(made("residual"), [images("residual", 4) * float("nan")])
 
 
 def test_statistics_of_other_models_do_not_add() -> None:
     first, second = (pleas.collect(made(name), [images(name, 4)]) for name in ("residual", "grouped"))
     with pytest.raises(InputError, match="statistics of different models cannot be added"):
-        first + second
+        _ = first + second
 
 
 def test_one_shot_iterators_are_refused_before_any_work() -> None:

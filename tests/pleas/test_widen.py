@@ -118,9 +118,13 @@ def test_a_cut_that_does_not_fall_between_units_is_refused() -> None:
         for c, unit_class in enumerate(symmetry.classes)
     }
     sliced = [
-        n for n in symmetry.program.graph.nodes if "slice" in str(n.target) and n.args[1] == 1 and len(n.args) > 4
+        n
+        for n in symmetry.program.graph.nodes
+        if "slice" in str(n.target) and n.args[1] == 1 and len(n.args) > 4
     ]
     if not any(Layouts(symmetry, apart, 2).widened(n.args[0]) for n in sliced):
         pytest.skip("every second unit is fixed here: nothing to widen")
-    with pytest.raises(UnsupportedModel, match=r"takes every 2th unit of a widened dimension.*Use budget 1\.0"):
+    with pytest.raises(
+        UnsupportedModel, match=r"takes every 2th unit of a widened dimension.*Use budget 1\.0"
+    ):
         draw(networks, Plan(apart, 0, 1, 1.0))
