@@ -107,6 +107,14 @@ def test_of_three_the_stranger_leaves_first() -> None:
     assert second.similarity == pytest.approx(0.9)
 
 
+def test_of_units_that_cost_nothing_the_least_alike_part_first() -> None:
+    """Constant units: the order of parents does not decide."""
+    for stranger, pair in ((2, (0, 1)), (0, (1, 2)), (1, (0, 2))):
+        alike = {p: 0.9 if p == pair else 0.1 for p in combinations(range(3), 2)}
+        first = by_hand(dict.fromkeys(priced_masks(3), 0.0), alike, 3).splits()[0][0]
+        assert 1 << stranger in first.parts
+
+
 def test_of_four_two_pairs_part_in_the_middle() -> None:
     error = dict.fromkeys(priced_masks(4), 5.0) | {0b0011: 0.0, 0b1100: 0.0, 0b1111: 9.0}
     costs = by_hand(error, dict.fromkeys(combinations(range(4), 2), 0.5), 4)
