@@ -84,7 +84,7 @@ def test_fully_apart_with_separate_heads_is_every_parent(name: str, count: int) 
     assert result.module.head_sizes == (classes,) * count
     side_by_side = pleas.Ensemble(*modules, heads="separate")
     assert difference(outputs(result.module, x), outputs(side_by_side, x)) < 1e-4
-    if name != "shared_conv":
+    if name not in ("shared_conv", "option_a"):  # their rewritten graphs have layers that the modules have not
         assert result.flops == count * result.parent_flops
 
 
@@ -202,7 +202,7 @@ def test_parents_are_left_as_they_were_also_in_training_mode() -> None:
     assert torch.is_grad_enabled()
     x = images("residual", 8, seed=9)
     frozen = pleas.merge(
-        *parents("residual"), list(images("residual").split(32)), budget=1.5, settings=SETTINGS
+        parents("residual"), list(images("residual").split(32)), budget=1.5, settings=SETTINGS
     )
     assert torch.equal(outputs(result.module, x), outputs(frozen.module, x))
 
@@ -302,7 +302,9 @@ def test_damaged_weights_and_exploding_activations_are_named() -> None:
         (lambda a, x: ([a], x), "1 parent: a merge takes 2 to 16 networks"),
         (lambda a, x: ([a, a], iter(x)), "one-shot iterator"),
         (lambda a, x: ([a, a], []), "no proxy images: inputs is empty"),
-        (lambda a, x: (), "merge takes networks and then batches"),
+        (lambda a, x: (), "it got no batches"),
+        (lambda a, x: ([a, a],), "it got no batches"),
+        (lambda a, x: (a, a, None), "it got no batches"),
     ],
 )
 def test_wrong_calls_are_told_the_right_one(given: Any, message: str) -> None:
