@@ -81,8 +81,10 @@ def _chain(
     similarity: Mapping[tuple[int, int], Tensor],
     parents: int,
 ) -> list[Split]:
-    """How a unit comes apart: at every step the part is split that saves most, into the parts that cost least; of equals (a
-    constant unit costs nothing) into those that are least alike, so that the order of parents does not matter."""
+    """How a unit comes apart: at every step the part is split that saves most, into the parts that cost least.
+
+    Of equals (a constant unit costs nothing) into those least alike, so that the order of parents does not matter.
+    """
     masks, chain = [everyone(parents)], []
 
     def price(mask: int) -> float:

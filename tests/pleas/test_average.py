@@ -66,8 +66,8 @@ def test_heads_of_other_sizes_are_read_within_their_bounds() -> None:
 
 @pytest.mark.parametrize("count", [2, 3])
 def test_a_merged_network_starts_from_the_owners_mean(count: int) -> None:
-    """Weights read units: a fused unit's weight on a unit that only one parent keeps counts one over its owners. Biases,
-    scales and statistics belong to units."""
+    """Weights read units: a fused unit's weight on a unit that only one parent keeps counts one over its owners.
+    Biases, scales and statistics belong to units."""
     evidence = evidence_of("residual", parents("residual", count))
     drawing = draw(evidence.parents, pleas.make_plan(evidence, apart=0.5))
     symmetry, layouts = evidence.parents.symmetry, drawing.layouts
