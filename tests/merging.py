@@ -50,6 +50,7 @@ def shuffled(model: nn.Module, example: Tensor, seed: int = 3) -> nn.Module:
     return made
 
 
+@cache
 def relatives(name: str, count: int = 2, distance: float = 0.3) -> tuple[nn.Module, ...]:
     """The first of `parents`, and permuted copies of it whose weights then moved."""
     made = [parents(name)[0]]
