@@ -84,27 +84,33 @@ def _chain(
     similarity: Mapping[tuple[int, int], Tensor],
     parents: int,
 ) -> list[Split]:
-    """How a unit comes apart: at every step the part is split that saves most, into the parts that cost least."""
+    """How a unit comes apart: at every step the part is split that saves most, into the parts that cost least.
+
+    Of equals (a constant unit costs nothing) into those least alike, so that the order of parents does not matter.
+    """
     masks, chain = [everyone(parents)], []
 
     def price(mask: int) -> float:
         return float(error[mask][unit]) if mask in error else 0.0
 
-    while any(mask & (mask - 1) for mask in masks):
-        options = [
-            (price(whole) - sum(price(part) for part in parts), whole, parts)
-            for whole in masks
-            for parts in _parts(whole, parents)
-        ]
-        saves, whole, parts = max(options, key=lambda option: option[0])
+    def likeness(parts: Sequence[int]) -> float:
         between = [
             float(similarity[min(p, q), max(p, q)][unit])
             for one, other in itertools.combinations(parts, 2)
             for p, q in itertools.product(owners(one), owners(other))
         ]
-        chain.append(Split(unit, whole, parts, saves, sum(between) / len(between)))
-        masks.remove(whole)
-        masks += parts
+        return sum(between) / len(between)
+
+    while any(mask & (mask - 1) for mask in masks):
+        options = [
+            Split(unit, whole, parts, price(whole) - sum(price(part) for part in parts), likeness(parts))
+            for whole in masks
+            for parts in _parts(whole, parents)
+        ]
+        best = max(options, key=lambda split: (split.saves, -split.similarity))
+        chain.append(best)
+        masks.remove(best.whole)
+        masks += best.parts
     return chain
 
 

@@ -85,11 +85,13 @@ def _taken_apart(given: Sequence[object]) -> tuple[list[nn.Module], Iterable[Bat
         modules, inputs = list(given[0]), given[1]
     else:
         *modules, inputs = given if given else (None,)
-    strangers = [type(x).__name__ for x in modules if not isinstance(x, nn.Module)]
-    if strangers or isinstance(inputs, nn.Module):
+    wrong = [type(x).__name__ for x in modules if not isinstance(x, nn.Module)]
+    if len(given) < 2 or inputs is None or isinstance(inputs, nn.Module):
+        wrong.append("no batches")
+    if wrong:
         raise InputError(
-            f"merge takes networks and then batches of images, as merge([a, b], batches) or merge(a, b, batches); it "
-            f"got {', '.join(strangers) if strangers else 'no batches'}"
+            "merge takes networks and then batches of images, as merge([a, b], batches) or merge(a, b, batches); it "
+            f"got {', '.join(wrong)}"
         )
     if isinstance(inputs, Tensor):
         raise InputError(

@@ -31,13 +31,8 @@ def test_a_published_resnet_merged_with_its_permuted_copy_comes_back(
     b = copy.deepcopy(a)
     b.load_state_dict({key: state.get(key, value) for key, value in b.state_dict().items()})
     images = Inputs(proxies(pair, "thumbnails", 0), pair)
-    symmetry = pleas.trace(a, pair.example())
-    statistics = pleas.collect(symmetry, a, b, images, settings)
-    matching = pleas.match(symmetry, statistics, a, b, settings)
-    plan = pleas.make_plan(symmetry, statistics, matching, a, b, settings, apart=apart)
-    merged = pleas.assemble(
-        symmetry, statistics, matching, plan, a, b, settings, example=pair.example()
-    ).module
+    evidence = pleas.gather(pleas.Parents.of([a, b], pair.example(), settings), images)
+    merged = pleas.assemble(evidence, pleas.make_plan(evidence, apart=apart)).module
     x = next(iter(images))
     with torch.no_grad():
         expected, found = a(x), merged(x)

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import pleas
-from pleas import MergeSettings
-from pleas.crossing import crossed_layers, crossed_nodes, needs_matching
+from pleas import MergeSettings, Parents
+from pleas.build import draw
+from pleas.crossing import crossed_dims
 from pleas.errors import UnsupportedModel
-from pleas.symmetry import permute_state, position_maps, random, state_of
+from pleas.propagate import held_out, propagate
 from tests.cases import CASES, randomise
+from tests.merging import shuffled
+from tests.reference import ridge_by_lstsq
 
-SETTINGS = MergeSettings(ridge=1e-6, positions=256, rows=1000)
+SETTINGS = MergeSettings(ridge=1e-6, positions=256, rows=1000, propagate=0.7)
 
 
 class OverTokens(nn.Module):
@@ -49,16 +52,28 @@ class InBatch(nn.Module):
         return self.head(x.mean(2))
 
 
-def traced(build: Callable[[], nn.Module]) -> tuple[nn.Module, pleas.Symmetry, Tensor]:
-    model = randomise(build().eval(), torch.Generator().manual_seed(0))
-    images = torch.randn(64, 3, 16, 16, generator=torch.Generator().manual_seed(5))
-    return model, pleas.trace(model, images[:2]), images
+def built(build: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
+    return randomise(build().eval(), torch.Generator().manual_seed(seed))
+
+
+def pixels() -> Tensor:
+    return torch.randn(64, 3, 16, 16, generator=torch.Generator().manual_seed(5))
+
+
+def crossed(symmetry: pleas.Symmetry) -> dict[str, tuple[int, ...]]:
+    """Dimensions of the inputs of linear layers along which units vary, where there are any."""
+    nodes = symmetry.program.graph.nodes
+    found = {
+        str(n.args[1].target): crossed_dims(symmetry, n.args[0], -1 if "linear" in str(n.target) else 1)  # type: ignore[union-attr,arg-type]
+        for n in nodes
+        if str(n.target) in ("aten.linear.default", "aten.convolution.default")
+    }
+    return {name: dims for name, dims in found.items() if dims}
 
 
 def test_rows_that_are_units_are_found_and_not_widened() -> None:
-    _, symmetry, _ = traced(OverTokens)
-    assert [layer.name for layer in crossed_layers(symmetry)] == ["rise", "fall"]
-    assert set(crossed_nodes(symmetry).values()) == {(1,)}
+    symmetry = pleas.trace(built(OverTokens), pixels()[:2])
+    assert crossed(symmetry) == {"rise.weight": (1,), "fall.weight": (1,)}
     channels = symmetry.classes[int(symmetry.axis("stem.weight", 0).cls[0])]
     hidden = symmetry.classes[int(symmetry.axis("rise.weight", 0).cls[0])]
     assert not channels.widenable
@@ -66,44 +81,44 @@ def test_rows_that_are_units_are_found_and_not_widened() -> None:
     assert hidden.widenable
 
 
-@pytest.mark.parametrize("name", ["plain", "grouped", "shared_conv"])
+@pytest.mark.parametrize("name", ["residual", "grouped", "concatenating"])
 def test_ordinary_networks_have_none(name: str) -> None:
-    case = CASES[name]
-    symmetry = pleas.trace(case.model(), case.example())
-    assert not crossed_nodes(symmetry)
-    assert all(layer.groups > 1 for layer in needs_matching(symmetry))
+    assert not crossed(pleas.trace(CASES[name].model(), CASES[name].example()))
 
 
-def test_the_second_pass_pairs_the_rows_of_the_matched_parents() -> None:
-    """Joint moments = those of A's rows beside B's, B's channels put in A's order and its inputs left in its own."""
-    a, symmetry, images = traced(OverTokens)
-    b = randomise(copy.deepcopy(a), torch.Generator().manual_seed(1))
-    matching = random(symmetry, torch.Generator().manual_seed(2))
-    first = pleas.collect(symmetry, a, b, list(images.split(32)), SETTINGS)
-    assert {"rise", "fall"} <= set(first.units)
-    assert not {"rise", "fall"} & set(first.joint)
-    both = pleas.collect_grouped(symmetry, first, matching, a, b, list(images.split(20)), SETTINGS)
-    order = position_maps(symmetry, matching)["stem.weight", 0]
-    seen = [_inputs(parent, "fall", images) for parent in (a, b)]
-    rows = torch.cat([seen[0], seen[1][:, order]], -1).flatten(0, 1).double()
-    torch.testing.assert_close(
-        both.joint["fall"].covariance[0], rows.T.cov(correction=0), rtol=1e-4, atol=1e-6
-    )
-    means = torch.cat([x.mean(1) for x in seen], -1).double()
-    torch.testing.assert_close(
-        first.units["fall"].covariance[0], means.T.cov(correction=0), rtol=1e-4, atol=1e-6
-    )
+def test_matching_reads_the_mean_over_rows_that_know_no_order() -> None:
+    models, x = [built(OverTokens, seed) for seed in (0, 1)], pixels()
+    statistics = pleas.collect(Parents.of(models, x[:2], SETTINGS), list(x.split(20)))
+    means = torch.cat([_inputs(model, "fall", x).mean(1) for model in models], -1).double()
+    found = statistics.units["fall.weight", 1]
+    assert found.count == 64
+    torch.testing.assert_close(found.covariance[0], means.T.cov(correction=0), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("apart", [0.0, 0.5, 1.0])
-def test_a_permuted_copy_gives_the_model_back(apart: float) -> None:
-    a, symmetry, images = traced(OverTokens)
-    b = copy.deepcopy(a)
-    drawn = random(symmetry, torch.Generator().manual_seed(3))
-    b.load_state_dict(permute_state(symmetry, state_of(symmetry.program, a), drawn))
-    result = pleas.merge(a, b, list(images.split(32)), apart=apart, settings=SETTINGS)
+def test_the_solve_pairs_the_rows_of_the_matched_parents() -> None:
+    """Channel by channel in the common order: against dense least squares on explicit rows."""
+    models, x = [built(OverTokens, seed).double() for seed in (0, 1)], pixels().double()
+    evidence = pleas.gather(Parents.of(models, x[:2], replace(SETTINGS, ridge=1e-3)), list(x.split(20)))
+    (solved,) = propagate(evidence, draw(evidence.parents, pleas.make_plan(evidence, budget=1.0)), [0.0])
+    for model, state in zip(models, evidence.states, strict=True):
+        model.load_state_dict({key: state.get(key, value) for key, value in model.state_dict().items()})
+    kept = x[~held_out(64, SETTINGS.holdout, SETTINGS.seed)]
+    z = sum(_inputs(model, "rise", kept) for model in models).flatten(0, 1) / 2  # type: ignore[union-attr]
+    t = sum(m.rise(_inputs(m, "rise", kept)) for m in models).flatten(0, 1) / 2  # type: ignore[operator,union-attr]
+    prior = sum(m.rise.weight for m in models) / 2  # type: ignore[operator,union-attr]
+    damping = 1e-3 * float((z - z.mean(0)).square().mean())
     with torch.no_grad():
-        expected, found = a(images), result.module(images)
+        dense = ridge_by_lstsq(z, t, prior, damping, intercept=True)
+    torch.testing.assert_close(solved.layers["rise"].weight, dense, rtol=1e-7, atol=1e-8)
+
+
+@pytest.mark.parametrize(("apart", "count"), [(0.0, 2), (0.5, 2), (1.0, 2), (0.5, 3)])
+def test_permuted_copies_give_the_model_back(apart: float, count: int) -> None:
+    a, x = built(OverTokens), pixels()
+    copies = [shuffled(a, x[:2], seed) for seed in range(1, count)]
+    result = pleas.merge([a, *copies], list(x.split(32)), apart=apart, settings=SETTINGS)
+    with torch.no_grad():
+        expected, found = a(x), result.module(x)
     assert float((found - expected).abs().max() / expected.abs().max()) < 1e-3
     assert (result.ratio > 1) == (apart > 0)
 
@@ -111,14 +126,17 @@ def test_a_permuted_copy_gives_the_model_back(apart: float) -> None:
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (InBatch, r"module 'rise' \(aten.linear.default\) has units in its batch dimension"),
+        (
+            InBatch,
+            r"module 'rise' \(aten.linear.default\) has units in its batch dimension: the parents' rows cannot",
+        ),
         (lambda: OverTokens(nn.BatchNorm1d(8)), r"module 'between' .* has units as its positions"),
     ],
 )
 def test_what_cannot_be_paired_is_refused(build: Callable[[], nn.Module], message: str) -> None:
-    a, symmetry, images = traced(build)
+    a, x = built(build), pixels()
     with pytest.raises(UnsupportedModel, match=message):
-        pleas.collect(symmetry, a, a, [images], SETTINGS)
+        pleas.merge([a, a], [x], budget=1.0, settings=SETTINGS)
 
 
 def _inputs(model: nn.Module, layer: str, images: Tensor) -> Tensor:

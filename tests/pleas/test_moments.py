@@ -5,9 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from pleas.layers import Layer, flatten_weight, layer_rows, unflatten_weight
-from pleas.moments import Moments
-from pleas.settings import MergeSettings
-from pleas.statistics import PositionSampler
+from pleas.moments import Moments, symmetric
 from tests.reference import covariance_by_loop, rows_by_unfold
 
 
@@ -74,19 +72,22 @@ def test_rows_times_canonical_weight_is_the_convolution(groups: int) -> None:
     assert torch.equal(unflatten_weight(flatten_weight(weight), (3, 3)), weight)
 
 
-def test_sampled_positions_are_rows_of_the_whole_and_ignore_batching() -> None:
+def test_sampled_positions_are_rows_of_the_whole() -> None:
     x = torch.randn(6, 2, 8, 8)
     layer = convolution(2, 3, 3, 1, 1)
-    settings = MergeSettings(positions=5, seed=3)
-    sampler = PositionSampler(settings, images=6)
-    positions = sampler(layer, x, 6, 0)
-    assert positions is not None
-    assert positions.shape == (6, 5)
+    positions = torch.rand((6, 64)).argsort(1)[:, :5]
     rows = layer_rows(layer, x, None)[0].view(6, 64, -1)
     assert torch.equal(
         layer_rows(layer, x, positions)[0].view(6, 5, -1),
         rows.gather(1, positions[:, :, None].expand(-1, -1, 18)),
     )
-    parts = torch.cat([sampler(layer, x[:4], 4, 0), sampler(layer, x[4:], 2, 4)])  # type: ignore[list-item]
-    assert torch.equal(parts, positions)
-    assert PositionSampler(MergeSettings(rows=100), images=6)(layer, x, 6, 0) is None
+
+
+def test_wide_rows_are_summed_in_strips() -> None:
+    """Only the upper triangle of the sums counts; the covariance is whole."""
+    rows = torch.randn(40, 450, dtype=torch.float64)
+    covariance = moments_of(*rows.split(16)).covariance[0]
+    torch.testing.assert_close(covariance, rows.T.cov(correction=0), rtol=1e-10, atol=1e-12)
+    assert torch.equal(covariance, covariance.T)
+    upper = torch.tensor([[1.0, 2.0], [7.0, 3.0]])
+    assert symmetric(upper).tolist() == [[1, 2], [2, 3]]

@@ -1,0 +1,102 @@
+"""The networks of one merge: what is refused, in which words, and that they stay as they were given."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from pleas import MergeSettings, Parents, check_parents
+from pleas.errors import ArchitectureMismatch, InputError, NonFinite
+from tests.merging import outputs
+
+SEPARATE = MergeSettings(heads="separate")
+
+
+def net(seed: int = 0, width: int = 5, classes: int = 3) -> nn.Sequential:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(6, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, classes))
+
+
+def test_parents_are_frozen_copies_in_evaluation_mode() -> None:
+    given = [net(0).train(), net(1).train()]
+    parents = Parents.of(given, torch.zeros(2, 6))
+    assert parents.count == 2
+    assert parents.names == ("a", "b")
+    for ours, theirs in zip(parents.modules, given, strict=True):
+        assert theirs.training
+        assert all(p.requires_grad for p in theirs.parameters())
+        assert not ours.training
+        assert not any(p.requires_grad for p in ours.parameters())
+        x = torch.randn(4, 6)
+        assert torch.equal(outputs(ours, x), outputs(copy.deepcopy(theirs).eval(), x))
+    given[0][0].weight.data.zero_()  # type: ignore[union-attr]
+    assert float(parents.states[0]["0.weight"].abs().sum()) > 0
+
+
+def test_what_every_stage_reads_of_them() -> None:
+    parents = Parents.of([net(0), net(1), net(2, classes=4)], torch.zeros(2, 6), SEPARATE)
+    assert [layer.name for layer in parents.layers] == ["0", "3"]
+    assert parents.layers is parents.layers
+    assert [parents.outputs(p) for p in range(3)] == [3, 3, 4]
+    assert parents.settings.heads == "separate"
+
+
+def test_symmetry_can_be_handed_on() -> None:
+    first = Parents.of([net(0), net(1)], torch.zeros(2, 6))
+    again = Parents.of([net(0), net(1)], torch.zeros(2, 6), names=("x", "y"), symmetry=first.symmetry)
+    assert again.symmetry is first.symmetry
+    assert again.names == ("x", "y")
+
+
+def test_one_and_seventeen_networks_are_no_merge() -> None:
+    for count, said in ((0, "0 parents"), (1, "1 parent"), (17, "17 parents")):
+        with pytest.raises(InputError, match=f"^{said}: a merge takes 2 to 16 networks of one architecture"):
+            check_parents([net()] * count, names=[str(i) for i in range(count)])
+
+
+def test_every_parent_has_a_name_of_its_own() -> None:
+    for names in (("x", "x"), ("x",)):
+        with pytest.raises(InputError, match="give each parent a name of its own"):
+            check_parents([net(0), net(1)], names=names)
+
+
+def test_the_pair_and_the_tensors_that_differ_are_named() -> None:
+    with pytest.raises(
+        ArchitectureMismatch,
+        match=r"parents one and three are not one architecture; tensors that differ:\n"
+        r"  0\.weight: \(5, 6\) in one, \(7, 6\) in three(.|\n)*Merge checkpoints of the same model definition\.",
+    ):
+        check_parents([net(0), net(1), net(2, width=7)], names=("one", "two", "three"))
+    other = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
+    with pytest.raises(
+        ArchitectureMismatch, match=r"only in a: 1\.bias, .*\n  only in b: 2\.bias, 2\.weight"
+    ):
+        check_parents([net(0), other])
+
+
+def test_other_heads_need_separate_heads() -> None:
+    wide = net(1, classes=4)
+    with pytest.raises(ArchitectureMismatch, match=r"If only the head differs, ask for separate heads"):
+        check_parents([net(0), wide])
+    check_parents([net(0), wide], SEPARATE)
+    with pytest.raises(ArchitectureMismatch, match="not one architecture"):  # more than the head differs
+        check_parents([net(0), net(1, width=7, classes=4)], SEPARATE)
+
+
+def test_damaged_weights_name_the_parent_and_the_tensor() -> None:
+    damaged = net(1)
+    damaged[3].bias.data[0] = float("inf")  # type: ignore[union-attr]
+    with pytest.raises(NonFinite, match=r"parent b: weights '3\.bias' hold NaN or infinity"):
+        check_parents([net(0), damaged])
+    with pytest.raises(NonFinite, match="parent late: weights"):
+        Parents.of([net(0), damaged], torch.zeros(2, 6), names=("early", "late"))
+
+
+def test_counters_of_batch_norms_may_be_missing() -> None:
+    old = net(1)
+    del old[1].num_batches_tracked  # type: ignore[union-attr]
+    check_parents([net(0), old])
