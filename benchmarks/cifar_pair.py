@@ -1,5 +1,6 @@
-"""Merging pairs of CIFAR-10 ResNets: parents, ensemble, averages, and ours by source, fraction apart and
-seed.
+"""Merging pairs of CIFAR-10 ResNets: parents, ensemble, averages, and ours by source, fraction apart and seed.
+
+Averages with batch norms re-estimated and our merges are of the source's images; units of `permutation only` are matched.
 
 python -m benchmarks.cifar_pair --pair cifar_resnet20
 python -m benchmarks.cifar_pair --pair cifar_halves --apart 0,0.1,0.25,0.5,1
@@ -16,7 +17,18 @@ import click
 import torch
 
 import pleas
-from benchmarks.common import SOURCES, Inputs, Pair, load_pair, markdown, percent, proxies, write
+from benchmarks.common import (
+    SOURCES,
+    Pair,
+    Row,
+    load_pair,
+    markdown,
+    percent,
+    plain_average,
+    proxies,
+    spread,
+    write,
+)
 from datafree.evaluate import Evaluation
 
 
@@ -50,74 +62,67 @@ def main(
     """Measure one pair and write benchmarks/results/NAME.json and .md."""
     torch.set_num_threads(threads)
     loaded = load_pair(pair, device, changes)
-    symmetry = pleas.trace(loaded.a.module, loaded.example())
-    rows = [*reference_rows(loaded, symmetry)]
+    rows = [*reference_rows(loaded)]
     for source in sources.split(","):
         for seed in numbers(seeds, int):
-            rows += merged_rows(loaded, symmetry, source, seed, numbers(apart, float))
+            rows += merged_rows(loaded, source, seed, numbers(apart, float))
     write(name or pair, rows, table(rows, loaded), "benchmarks.cifar_pair")
 
 
-def reference_rows(pair: Pair, symmetry: pleas.Symmetry) -> list[dict[str, Any]]:
+def reference_rows(pair: Pair) -> list[Row]:
     """What needs no image: the parents, their ensemble, and the average of their weights as they come."""
-    a, b = pair.a.module, pair.b.module
-    heads = pair.recipe.recipe.labels
+    average = plain_average(pair.networks(pair.settings(0)))
+    parents = [
+        row(f"parent {parent.name}", pair.score_parent(parent), ratio=1.0) for parent in pair.parents.each
+    ]
     return [
-        row("parent A", pair.score_parent(pair.a), ratio=1.0),
-        row("parent B", pair.score_parent(pair.b), ratio=1.0),
-        row("ensemble", pair.score(pleas.Ensemble(a, b, heads)), ratio=2.0),
-        row("plain average", pair.score_average(pleas.plain_average(symmetry, a, b)), ratio=1.0),
+        *parents,
+        row("ensemble", pair.score_ensemble(), ratio=float(len(parents))),
+        row("plain average", pair.score(average.module), ratio=average.ratio),
     ]
 
 
-def merged_rows(
-    pair: Pair, symmetry: pleas.Symmetry, source: str, seed: int, apart: Sequence[float]
-) -> list[dict[str, Any]]:
-    """Permutation only and our merges from one source and seed, from one pass of statistics."""
-    a, b, settings = pair.a.module, pair.b.module, pair.settings(seed)
+def merged_rows(pair: Pair, source: str, seed: int, apart: Sequence[float]) -> list[Row]:
+    """Averages and our merges from one source and seed, from one pass of statistics."""
     images = proxies(pair, source, seed)
-    inputs = Inputs(images, pair)
+    networks = pair.networks(pair.settings(seed))
     started = time.perf_counter()
-    statistics = pleas.collect(symmetry, a, b, inputs, settings)
-    matching = pleas.match(symmetry, statistics, a, b, settings)
-    collecting = time.perf_counter() - started
-    known: dict[str, Any] = {"source": source, "count": len(images), "seed": seed}
-    permuted = pleas.permutation_only(symmetry, matching, a, b)
-    repaired = pleas.reestimate_bn(permuted, inputs)
-    plain = pleas.reestimate_bn(pleas.plain_average(symmetry, a, b), inputs)
+    evidence = pleas.gather(networks, pair.inputs(images))
+    gathering = time.perf_counter() - started
+    known: Row = {"source": source, "count": len(images), "seed": seed}
     rows = [
-        row("plain average, BN re-estimated", pair.score_average(plain), ratio=1.0, **known),
-        row("permutation only", pair.score_average(permuted), ratio=1.0, **known),
-        row("permutation only, BN re-estimated", pair.score_average(repaired), ratio=1.0, **known),
+        row(f"{name}, BN re-estimated", pair.score(average.module), ratio=average.ratio, **known)
+        for name, average in pair.averages(evidence).items()
     ]
-    costs = pleas.fusing_costs(symmetry, statistics, matching, a, b)
     for fraction in apart:
         started = time.perf_counter()
-        plan = pleas.make_plan(symmetry, statistics, matching, a, b, settings, apart=fraction, costs=costs)
-        result = pleas.assemble(symmetry, statistics, matching, plan, a, b, settings, example=pair.example())
-        seconds = {"collect_and_match": collecting, "plan_and_solve": time.perf_counter() - started}
+        result = pleas.assemble(evidence, pleas.make_plan(evidence, apart=fraction))
+        seconds = {"gather": gathering, "plan_and_solve": time.perf_counter() - started}
+        told = {"propagate": result.propagate, "held_out_error": result.held_out_error, "seconds": seconds}
         scored = pair.score(result.module)
-        rows.append(row("ours", scored, ratio=result.ratio, apart=fraction, seconds=seconds, **known))
+        rows.append(row("ours", scored, ratio=result.ratio, apart=fraction, **told, **known))
         print(f"{source}, seed {seed}, {fraction:g} apart: {scored.average:.4f} at {result.ratio:.3f}x")
     return rows
 
 
-def row(method: str, scored: Evaluation, **known: Any) -> dict[str, Any]:
+def row(method: str, scored: Evaluation, **known: Any) -> Row:
     accuracy = {score.task: score.accuracy for score in scored.tasks}
     return {"method": method, **known, "average": scored.average, "joint": scored.joint, "accuracy": accuracy}
 
 
-def table(rows: Sequence[dict[str, Any]], pair: Pair) -> str:
+def table(rows: Sequence[Row], pair: Pair) -> str:
     """One line per method, source and fraction; mean and standard deviation over seeds."""
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    groups: dict[tuple[Any, ...], list[Row]] = {}
     for one in rows:
         groups.setdefault((one["method"], one.get("source", ""), one.get("apart")), []).append(one)
-    header = ["method", "images", "apart", "multiply-adds", "top-1 (%)"]
+    header = ["method", "images", "apart", "multiply-adds", "held-out error", "top-1 (%)"]
     lines = []
     for (method, source, apart), group in groups.items():
         images = f"{group[0]['count']} {source}" if source else ""
         ratio = sum(one["ratio"] for one in group) / len(group)
         line = [method, images, "" if apart is None else f"{apart:g}", f"{ratio:.2f}x"]
+        errors = [one["held_out_error"] for one in group if "held_out_error" in one]
+        line.append(spread(errors, 3) if errors else "")
         line.append(percent([one["average"] for one in group]))
         if pair.separate:
             joint = [one["joint"] for one in group if one["joint"] is not None]

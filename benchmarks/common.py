@@ -1,4 +1,4 @@
-"""What the benchmarks share: pairs of parents from recipes, proxies, results as JSON and Markdown."""
+"""What the benchmarks share: parents from recipes, proxies, runs that are found again, results as JSON and Markdown."""
 
 from __future__ import annotations
 
@@ -6,24 +6,40 @@ import json
 import shlex
 import statistics
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+import click
+import pydantic
+from torch import nn
 
 import pleas
 from datafree.environment import machine, versions
-from datafree.evaluate import Columns, Evaluation, Task, evaluate, load_task, merged_columns, parent_columns
-from datafree.models import Parent, load_parent
+from datafree.errors import UsageError
+from datafree.evaluate import Columns, Evaluation, Task, evaluate, parent_columns
+from datafree.models import Parent
 from datafree.proxy import ProxySet, ProxySpec, build_proxies
-from datafree.recipe import RecipeFile, load_recipe
+from datafree.recipe import load_recipe
+from datafree.stages import (
+    AllParents,
+    Inputs,
+    LoadedParents,
+    Work,
+    average_weights,
+    begin,
+    load_parents,
+    load_tasks,
+    proxy_inputs,
+)
 from datafree.store import cache_folder
+from pleas.symmetry import identity
 
 PROJECT = Path(__file__).resolve().parent.parent
 RESULTS = PROJECT / "benchmarks" / "results"
+RUNS = PROJECT / "runs"
 CIFAR = "${DATAFREE_DATA}/data/cifar10.npz"
 THUMBNAILS = "${DATAFREE_DATA}/data/imagenet_sample_64.npz"
 
@@ -32,78 +48,160 @@ SOURCES: dict[str, dict[str, Any]] = {
     "inversion": {"count": 768, "sources": [{"kind": "inversion", "mode": "split"}]},
     "thumbnails": {"count": 384, "sources": [{"kind": "images", "images": {"npz": THUMBNAILS, "x": "x"}}]},
 }
+Row = dict[str, Any]
+
+
+# parents ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two parents of one input, and the tasks they are judged by, as a recipe names them."""
+    """The parents of a recipe, two or more, and the tasks they are judged by."""
 
-    recipe: RecipeFile
-    a: Parent
-    b: Parent
+    work: Work
+    parents: LoadedParents
     tasks: tuple[Task, ...]
-    device: torch.device
+
+    @property
+    def labels(self) -> str:
+        return self.work.recipe.recipe.labels
 
     @property
     def separate(self) -> bool:
-        return self.recipe.recipe.labels == "separate"
+        return self.labels == "separate"
+
+    @property
+    def outputs(self) -> dict[str, int]:
+        """Outputs of every parent, by name."""
+        return {parent.name: parent.outputs for parent in self.parents.each}
+
+    @cached_property
+    def symmetry(self) -> pleas.Symmetry:
+        return pleas.trace(self.parents.first.module, self.parents.example)
 
     def settings(self, seed: int) -> pleas.MergeSettings:
         """The recipe's own settings with another seed."""
-        return self.recipe.recipe.merge.settings(self.recipe.recipe.labels, seed)
+        recipe = self.work.recipe.recipe
+        return recipe.merge.settings(recipe.labels, seed)
 
-    def example(self) -> Tensor:
-        return torch.zeros(2, *self.a.preprocess.shape)
+    def networks(
+        self, settings: pleas.MergeSettings, modules: Sequence[nn.Module] | None = None
+    ) -> pleas.Parents:
+        """The parents as `pleas` takes them; modules: others of their architecture in their places."""
+        given = modules or [parent.module for parent in self.parents.each]
+        names = self.parents.names
+        return pleas.Parents.of(given, self.parents.example, settings, names=names, symmetry=self.symmetry)
+
+    def inputs(self, proxies: ProxySet) -> Inputs:
+        """The proxies as every parent takes them, batch by batch, as often as asked; never all in memory."""
+        return proxy_inputs(self.work, self.parents, proxies)
+
+    def averages(self, evidence: pleas.Evidence) -> dict[str, pleas.MergeResult]:
+        """`plain average` and `permutation only` at 1.0x, batch norms re-estimated on the evidence's images."""
+        assert isinstance(evidence.inputs, Inputs)
+        return average_weights(self.work, evidence, evidence.inputs)
 
     def score(self, module: nn.Module, columns: Columns | None = None) -> Evaluation:
-        """Score a network that answers for both parents."""
+        """Score a network that answers for all parents."""
         if columns is None:
-            columns = merged_columns(self.recipe.recipe.labels, self.a.outputs, self.b.outputs)
-        return evaluate(module, self.tasks, self.a.preprocess, columns, device=self.device)
+            columns = self.parents.columns(self.labels)
+        return evaluate(module, self.tasks, self.parents.input, columns, device=self.work.device)
 
     def score_parent(self, parent: Parent) -> Evaluation:
-        return self.score(
-            parent.module, parent_columns(self.recipe.recipe.labels, parent.name, parent.outputs)
-        )
+        columns = parent_columns(self.labels, parent.name, self.outputs)
+        return evaluate(parent.module, self.tasks, parent.preprocess, columns, device=self.work.device)
 
-    def score_average(self, module: nn.Module) -> Evaluation:
-        """Score an average of all weights: its one head answers every task."""
-        return self.score(module, dict.fromkeys(("a", "b", "both"), slice(0, self.a.outputs)))
-
-
-class Inputs(Iterable[Tensor]):
-    """Proxies as the parents take them, read batch by batch as often as asked; never all in memory."""
-
-    def __init__(self, proxies: ProxySet, pair: Pair, batch: int = 64) -> None:
-        self.proxies, self.pair, self.batch = proxies, pair, batch
-
-    def __len__(self) -> int:
-        return -(-len(self.proxies) // self.batch)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        for images in self.proxies.batches(self.batch):
-            yield self.pair.a.preprocess(images.to(self.pair.device))
+    def score_ensemble(self) -> Evaluation:
+        return self.score(AllParents(self.parents, self.labels))
 
 
 def load_pair(name: str, device: str, changes: Sequence[str] = ()) -> Pair:
-    """The pair of `recipes/NAME.yaml` with `key=value` changes, on `device`; both parents take the same input."""
-    file = load_recipe(PROJECT / "recipes" / f"{name}.yaml", changes)
-    parents = [load_parent(spec, key, file.base) for key, spec in file.recipe.parents]
-    for parent in parents:
-        parent.module.to(device)
-    assert parents[0].preprocess == parents[1].preprocess
-    tasks = tuple(load_task(task, file.base) for task in file.recipe.evaluate)
-    return Pair(file, parents[0], parents[1], tasks, torch.device(device))
+    """The parents of `recipes/NAME.yaml` with `key=value` changes; networks run on `device`.
+
+    Raises click.UsageError for a recipe, a change or a device that cannot be used.
+    """
+    try:
+        work = begin(load_recipe(PROJECT / "recipes" / f"{name}.yaml", changes), device)
+        parents = load_parents(work)
+        return Pair(work, parents, load_tasks(work, parents).tasks)
+    except UsageError as error:
+        raise click.UsageError(str(error)) from error
 
 
 def proxies(pair: Pair, source: str, seed: int) -> ProxySet:
     """The proxy images of one of SOURCES, cached."""
-    spec = ProxySpec.model_validate(SOURCES[source])
-    parents = [pair.a, pair.b]
-    return build_proxies(spec, parents, seed, cache_folder(), pair.recipe.base, device=str(pair.device))
+    return build(pair, ProxySpec.model_validate(SOURCES[source]), seed)
 
 
-def keep(name: str, rows: Sequence[dict[str, Any]], started: str) -> str:
+def build(pair: Pair, spec: ProxySpec, seed: int) -> ProxySet:
+    """The proxy images of `spec`, cached."""
+    device, base = str(pair.work.device), pair.work.recipe.base
+    return build_proxies(spec, pair.parents.each, seed, cache_folder(), base, device=device)
+
+
+def unmatched(networks: pleas.Parents) -> pleas.Evidence:
+    """Units as they come and no images at all: what the plain average of weights is made from."""
+    orders = (identity(networks.symmetry),) * networks.count
+    return pleas.Evidence(networks, (), pleas.Statistics({}), orders)
+
+
+def plain_average(networks: pleas.Parents) -> pleas.MergeResult:
+    """The mean of all parents' weights at 1.0x, unit by unit as they come."""
+    evidence = unmatched(networks)
+    return pleas.assemble(evidence, pleas.make_plan(evidence, budget=1.0), least_squares=False)
+
+
+def changed_settings(changes: Sequence[str], heads: pleas.settings.Heads, seed: int) -> pleas.MergeSettings:
+    """MergeSettings with KEY=VALUE changes. Raises click.UsageError for what they do not have or cannot be."""
+    known = sorted(set(pleas.MergeSettings.__dataclass_fields__) - {"heads", "seed"})
+    chosen: dict[str, Any] = {"heads": heads, "seed": seed}
+    for change in changes:
+        key, equals, value = change.partition("=")
+        if not equals or key not in known:
+            raise click.UsageError(f"{change}: give KEY=VALUE, with one of the keys {', '.join(known)}")
+        chosen[key] = value
+    try:
+        return pydantic.TypeAdapter(pleas.MergeSettings).validate_python(chosen)
+    except pydantic.ValidationError as error:
+        raise click.UsageError(
+            "; ".join(f"{one['loc'][0]} = {one['input']}: {one['msg']}" for one in error.errors())
+        ) from error
+    except pleas.InputError as error:
+        raise click.UsageError(str(error)) from error
+
+
+# results ----------------------------------------------------------------------------------------------------
+
+
+class Notebook:
+    """Rows of finished runs, one per line of runs/NAME.rows.jsonl, found again by what was run.
+
+    A run is known by its settings, not by the code that made it: remove the file to begin anew.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._path = RUNS / f"{name}.rows.jsonl"
+
+    @property
+    def rows(self) -> list[Row]:
+        """Read anew each time, for runs beside this one write there, too."""
+        lines = self._path.read_text().splitlines() if self._path.exists() else []
+        return [json.loads(line) for line in lines]
+
+    def row(self, run: Row, make: Callable[[], Row], line: Callable[[Row], str]) -> Row:
+        """The row of a run, made and kept if it is not there. line: what to print of a new one"""
+        for row in self.rows:
+            if row["run"] == run:
+                return row
+        row = {"run": run, **make()}
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("a") as file:  # a line at once, so that runs beside this one keep theirs
+            file.write(json.dumps(row) + "\n")
+        print(line(row), flush=True)
+        return row
+
+
+def keep(name: str, rows: Sequence[Row], started: str) -> str:
     """RESULTS/NAME.json with every row and the circumstances, whole at any time; returns the command."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     command = f"python -m {started} {shlex.join(sys.argv[1:])}".strip()
@@ -114,17 +212,22 @@ def keep(name: str, rows: Sequence[dict[str, Any]], started: str) -> str:
     return command
 
 
-def write(name: str, rows: Sequence[dict[str, Any]], table: str, started: str) -> None:
+def write(name: str, rows: Sequence[Row], table: str, started: str) -> None:
     """RESULTS/NAME.json with every row and the circumstances, NAME.md with the table and the command."""
     command = keep(name, rows, started)
     (RESULTS / f"{name}.md").write_text(f"`{command}`\n\n{table}\n")
-    print(f"\n{table}\n\nwritten: {RESULTS.relative_to(PROJECT) / name}.json and .md")
+    print(f"\n{table}\n\nwritten: {RESULTS / name}.json and .md")
 
 
 def percent(values: Sequence[float]) -> str:
     """Mean, and the standard deviation where there are several: 77.4 ± 0.6."""
-    mean = f"{100 * statistics.mean(values):.1f}"
-    return mean if len(values) == 1 else f"{mean} ± {100 * statistics.stdev(values):.1f}"
+    return spread([100 * value for value in values], 1)
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """Mean, and the standard deviation where there are several."""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -23,11 +23,10 @@ import torch
 from scipy.stats import spearmanr
 
 import pleas
-from benchmarks.common import RESULTS, THUMBNAILS, Pair, keep, load_pair, markdown, percent, write
+from benchmarks.common import RESULTS, THUMBNAILS, Pair, Row, build, keep, load_pair, markdown, percent, write
 from datafree.diagnose import SourceDiagnosis, examine
-from datafree.proxy import ProxySet, ProxySpec, build_proxies, check_proxies
+from datafree.proxy import ProxySet, ProxySpec, check_proxies
 from datafree.ranking import Scores, compare, ranking
-from datafree.store import cache_folder
 
 GENERATORS = ("fractals", "leaves", "network", "fbm", "warp", "spectrum")
 DEFAULT = (
@@ -35,7 +34,6 @@ DEFAULT = (
     "procedural;fractals;leaves;spectrum;gaussian noise"
 )
 Sources = dict[str, list[dict[str, Any]]]
-Row = dict[str, Any]
 STARTED = "benchmarks.proxy_sources"
 
 
@@ -45,7 +43,7 @@ def only(generator: str) -> dict[str, Any]:
 
 def sources_of(pair: Pair) -> Sources:
     """Every source there is for the pair, by name."""
-    recipe = pair.recipe.recipe
+    recipe = pair.work.recipe.recipe
     own = [source.model_dump(mode="json", exclude_defaults=True) for source in recipe.proxy.sources]
     named: Sources = {}
     for source, spec in zip(own, recipe.proxy.sources, strict=True):
@@ -104,7 +102,6 @@ def main(
         raise click.UsageError(f"no source is called {', '.join(unknown)}; there are {', '.join(known)}")
     fractions = [float(part) for part in apart.split(",")]
     numbers = sorted(map(int, counts.split(",")))
-    symmetry = pleas.trace(loaded.a.module, loaded.example())
     rows = [] if fresh else earlier(file, known)
     for source, seed in itertools.product(chosen, map(int, seeds.split(","))):
         missing = [number for number in numbers if not done(rows, source, number, seed, fractions)]
@@ -119,7 +116,7 @@ def main(
                 "seed": seed,
                 "threads": threads,
             }
-            rows += [cell | row for row in measure(loaded, symmetry, proxies, seed, fractions)]
+            rows += [cell | row for row in measure(loaded, proxies, seed, fractions)]
             keep(file, rows, STARTED)
             shown = ", ".join(
                 f"{100 * row['average']:.1f} at {row['apart']:g}" for row in rows[-len(fractions) :]
@@ -136,12 +133,12 @@ def main(
 
 
 def earlier(name: str, known: Sources) -> list[Row]:
-    """The cells of an earlier run whose source still means the same."""
+    """The cells of an earlier run whose source still means the same; those of before decision 11 are made again."""
     try:
         rows = json.loads((RESULTS / f"{name}.json").read_text())["rows"]
     except FileNotFoundError:
         return []
-    return [row for row in rows if known.get(row["source"]) == row["spec"]]
+    return [row for row in rows if known.get(row["source"]) == row["spec"] and "propagate" in row]
 
 
 def done(rows: Sequence[Row], source: str, count: int, seed: int, fractions: Sequence[float]) -> bool:
@@ -157,7 +154,7 @@ def made(
     """The proxies of every number of images; all there are where a source has fewer."""
     if not counts:
         return
-    parents, cache, base = [pair.a, pair.b], cache_folder(), pair.recipe.base
+    parents, base = pair.parents.each, pair.work.recipe.base
     limits = [
         bound.limit / spec.share
         for spec, bound, _ in check_proxies(
@@ -167,32 +164,23 @@ def made(
     ]
     most = int(min([counts[-1], *limits]))
     spec = ProxySpec.model_validate({"count": most, "sources": source})
-    whole = build_proxies(spec, parents, seed, cache, base, device=str(pair.device))
+    whole = build(pair, spec, seed)
     for count in counts:
         yield count, whole.prefix(min(count, most))
 
 
-def measure(
-    pair: Pair, symmetry: pleas.Symmetry, proxies: ProxySet, seed: int, fractions: Sequence[float]
-) -> list[Row]:
+def measure(pair: Pair, proxies: ProxySet, seed: int, fractions: Sequence[float]) -> list[Row]:
     """The merges from one set of proxies, all from one collect, with what the diagnosis said of the set."""
-    settings = replace(pair.settings(seed), min_rows=0.0)  # 64 small images leave the ridge to decide
-    parents = (pair.a, pair.b)
-    a, b = pair.a.module, pair.b.module
+    # 64 small images leave the ridge to decide
+    networks = pair.networks(replace(pair.settings(seed), min_rows=0.0))
     started = time.perf_counter()
-    found = examine("", proxies, parents, symmetry, settings, device=pair.device)
-    costs = pleas.fusing_costs(symmetry, found.statistics, found.matching, a, b)
+    found = examine("", proxies, pair.parents.each, networks, device=pair.work.device)
     seconds = time.perf_counter() - started
     made = [report.seconds_per_1000 * report.spec["share"] for report in proxies.manifest]
     scores = Scores.of(found.diagnosis)
     rows = []
     for fraction in fractions:
-        plan = pleas.make_plan(
-            symmetry, found.statistics, found.matching, a, b, settings, apart=fraction, costs=costs
-        )
-        result = pleas.assemble(
-            symmetry, found.statistics, found.matching, plan, a, b, settings, example=pair.example()
-        )
+        result = pleas.assemble(found.evidence, pleas.make_plan(found.evidence, apart=fraction))
         scored = pair.score(result.module)
         rows.append(
             {
@@ -203,6 +191,8 @@ def measure(
                 "joint": scored.joint,
                 "accuracy": {score.task: score.accuracy for score in scored.tasks},
                 "residual": result.mean_residual,
+                "propagate": result.propagate,
+                "held_out_error": result.held_out_error,
                 "scores": scores_of(found.diagnosis),
                 "noise": dict(scores.noise),
                 "seconds_per_1000": sum(made),
