@@ -265,10 +265,16 @@ def test_files_that_are_no_checkpoint_say_so(base: Path) -> None:
     torch.save({"state_dict": {"a": 1}}, base / "numbers.pt")
     torch.jit.script(nn.Linear(2, 2)).save(str(base / "script.pt"))  # pyright: ignore[reportAttributeAccessIssue]
     for name, message in (
-        ("page.pt", "is not a PyTorch checkpoint: it looks like a web page or XML: the download did not give"),
+        (
+            "page.pt",
+            "is not a PyTorch checkpoint: it looks like a web page or XML: the download did not give",
+        ),
         ("empty.pth", "is not a PyTorch checkpoint: it is empty"),
         ("page.safetensors", "is not a safetensors file, or it is truncated"),
-        ("weights.h5", "is not a PyTorch checkpoint: it looks like an HDF5 file (Keras?): export the weights"),
+        (
+            "weights.h5",
+            "is not a PyTorch checkpoint: it looks like an HDF5 file (Keras?): export the weights",
+        ),
         ("list.pt", "holds no state dict but a list"),
         ("meta.pt", "holds no state dict: tensors by name"),
         ("numbers.pt", "holds no state dict: tensors by name, or such a dict under a name of its own, are"),

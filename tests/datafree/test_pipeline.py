@@ -19,7 +19,7 @@ from datafree.commands.plan import plan_text
 from datafree.errors import UsageError
 from datafree.pipeline import Outcome, run
 from datafree.recipe import load_recipe
-from datafree.stages import BothParents, begin, load_parents, load_tasks, make_proxies
+from datafree.stages import AllParents, begin, load_parents, load_tasks, make_proxies
 from datafree.store import CACHE_VARIABLE, Stage
 from tests.datafree.tiny import Tiny, make_tiny
 
@@ -202,7 +202,7 @@ def test_parents_that_normalise_differently_see_the_same_pixels(own_tiny: Tiny, 
     torch.testing.assert_close(parents.input(images), (xa + xb) / 2)
     with torch.no_grad():
         expected = (parents.a.module(xa) + parents.b.module(xb)) / 2
-        torch.testing.assert_close(BothParents(parents, "shared").eval()(parents.input(images)), expected)
+        torch.testing.assert_close(AllParents(parents, "shared").eval()(parents.input(images)), expected)
     out = run(recipe, tmp_path / "out")
     assert any("normalise differently" in note for note in out.results.notes)
 
