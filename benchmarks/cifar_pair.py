@@ -1,6 +1,6 @@
 """Merging pairs of CIFAR-10 ResNets: parents, ensemble, averages, and ours by source, fraction apart and seed.
 
-Averages with batch norms re-estimated and our merges are of the source's images; units of `permutation only` are matched.
+Units of `permutation only` are matched on the source's images, those of `plain average` stand as they come.
 
 python -m benchmarks.cifar_pair --pair cifar_resnet20
 python -m benchmarks.cifar_pair --pair cifar_halves --apart 0,0.1,0.25,0.5,1

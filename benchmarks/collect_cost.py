@@ -1,10 +1,12 @@
-"""What collecting statistics costs: time relative to the two forward passes alone, and memory by number of
-proxies.
+"""What a merge costs beside running its parents: the pass that collects units' moments, and one walk at 1.0x.
 
     python -m benchmarks.collect_cost --model timm:resnet18 --size 224 --batch 16 --counts 64,128
 
-Time: both are measured in one process, one after the other, best of --repeats. Memory: every count runs in a
-process of its own, since a process's peak never falls; the images are made batch by batch and are not kept.
+A walk solves every layer (`pleas.assemble` with a plan of 1.0x): with `propagate` 0, with 1, and with `auto`, which
+solves for several values side by side. Times are measured in one process, one after the other, best of --repeats, and
+given relative to one pass of all parents over the same images. Memory: every count runs in a process of its own, since
+a process's peak never falls; the images are made batch by batch. Collecting keeps none of them, a walk keeps what all
+of them give at one place of the network.
 """
 
 from __future__ import annotations
@@ -14,19 +16,20 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 import torch
 from torch import Tensor, nn
 
 import pleas
-from benchmarks.common import PROJECT, markdown, write
+from benchmarks.common import PROJECT, Row, markdown, write
 from datafree.models import build_model
 
+PROPAGATE: tuple[float | Literal["auto"], ...] = (0, 1, "auto")
 MEBIBYTE = 1024.0  # ru_maxrss counts kibibytes on Linux
 
 
@@ -58,6 +61,7 @@ class Noise:
 @click.option(
     "--rows", default=16, show_default=True, help="Per unknown of a layer; as in pleas.MergeSettings."
 )
+@click.option("--parents", default=2, show_default=True)
 @click.option("--repeats", default=3, show_default=True)
 @click.option("--threads", default=2, show_default=True)
 @click.option("--device", default="cpu", show_default=True)
@@ -69,29 +73,32 @@ def main(counts: str, name: str, one: int | None, **options: Any) -> None:
         print(json.dumps(measure(one, **options)))
         return
     rows = [measure_in_child(int(count)) for count in counts.split(",")]
-    lines = [
-        [
-            str(row["count"]),
-            f"{row['forward']:.2f}",
-            f"{row['collect']:.2f}",
-            f"{row['collect'] / row['forward']:.2f}",
-            f"{row['before']:.0f}",
-            f"{row['peak']:.0f}",
-        ]
-        for row in rows
-    ]
-    header = ["images", "two forwards (s)", "collect (s)", "ratio", "memory before (MiB)", "peak (MiB)"]
-    write(name, rows, markdown(header, lines), "benchmarks.collect_cost")
+    write(name, rows, table(rows), "benchmarks.collect_cost")
 
 
-def measure_in_child(count: int) -> dict[str, Any]:
+def table(rows: Sequence[Row]) -> str:
+    """One line per number of images: seconds of the parents, and everything else relative to them."""
+    lines = []
+    for row in rows:
+        parents, collect = row["seconds"]["parents"], row["seconds"]["collect"]
+        walks = [row["seconds"][f"propagate {value}"] for value in PROPAGATE]
+        ratios = [collect, *walks, *(collect + walk for walk in walks)]
+        memory = [row["memory"][place] for place in ("before", "collect", "walk")]
+        line = [str(row["count"]), f"{parents:.2f}", *(f"{seconds / parents:.2f}" for seconds in ratios)]
+        lines.append([*line, *(f"{mebibytes:.0f}" for mebibytes in memory)])
+    header = ["images", "parents alone (s)", "collect"]
+    header += [f"walk, propagate {value}" for value in PROPAGATE]
+    header += [f"collect + walk, {value}" for value in PROPAGATE]
+    return markdown([*header, "memory before (MiB)", "peak, collect (MiB)", "peak, walks (MiB)"], lines)
+
+
+def measure_in_child(count: int) -> Row:
     command = [sys.executable, "-m", "benchmarks.collect_cost", *sys.argv[1:], "--one", str(count)]
-    done = subprocess.run(command, cwd=PROJECT, check=True, capture_output=True, text=True)
-    row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    print(
-        f"{count} images: collecting costs {row['collect'] / row['forward']:.2f} of two forwards, "
-        f"{row['peak']:.0f} MiB"
-    )
+    done = subprocess.run(command, cwd=PROJECT, check=True, stdout=subprocess.PIPE, text=True)
+    row: Row = json.loads(done.stdout.splitlines()[-1])
+    seconds = row["seconds"]
+    shown = ", ".join(f"{what} {took / seconds['parents']:.2f}" for what, took in seconds.items())
+    print(f"{count} images, relative to the parents alone: {shown}", flush=True)
     return row
 
 
@@ -102,44 +109,50 @@ def measure(
     size: int,
     batch: int,
     rows: int,
+    parents: int,
     repeats: int,
     threads: int,
     device: str,
-) -> dict[str, Any]:
-    """Seconds of both forwards and of collecting on the same images; memory before and at its peak (MiB)."""
+) -> Row:
+    """Seconds of the parents alone, of collecting and of every walk, on the same images; memory (MiB) before
+    collecting, and at its peak after it and after the walks.
+    """
     torch.set_num_threads(threads)
-    parents = [random_parent(model, seed).to(device) for seed in (0, 1)]
+    modules = [random_parent(model, seed).to(device) for seed in range(parents)]
     shape = (channels, size, size)
     inputs = Noise(count, batch, shape, device)
-    symmetry = pleas.trace(parents[0], torch.zeros(2, *shape))
     settings = pleas.MergeSettings(rows=rows)
+    networks = pleas.Parents.of(modules, torch.zeros(2, *shape), settings)
 
     def forwards() -> None:
         with torch.no_grad():
             for images in inputs:
-                for parent in parents:
-                    parent(images)
+                for module in networks.modules:
+                    module(images)
 
-    def collecting() -> None:
-        pleas.collect(symmetry, parents[0], parents[1], inputs, settings)
+    def collecting() -> pleas.Statistics:
+        return pleas.collect(networks, inputs, images=count)
 
-    forward = best(forwards, repeats, device)
-    before = peak()
-    return {
-        "count": count,
-        "forward": forward,
-        "collect": best(collecting, repeats, device),
-        "before": before,
-        "peak": peak(),
-    }
+    seconds, memory = {"parents": best(forwards, repeats, device)}, {"before": peak()}
+    seconds["collect"] = best(collecting, repeats, device)
+    memory["collect"] = peak()
+    evidence = pleas.gather(networks, inputs, statistics=collecting())
+    plan = pleas.make_plan(evidence, budget=1.0)
+    for value in PROPAGATE:
+        chosen = replace(networks, settings=replace(settings, propagate=value))
+        one = replace(evidence, parents=chosen)
+        seconds[f"propagate {value}"] = best(lambda one=one: pleas.assemble(one, plan), repeats, device)
+    memory["walk"] = peak()
+    return {"count": count, "parents": parents, "seconds": seconds, "memory": memory}
 
 
 def random_parent(reference: str, seed: int) -> nn.Module:
+    """The model with random weights, in evaluation mode."""
     torch.manual_seed(seed)
-    return build_model(reference, {}, Path(PROJECT))
+    return build_model(reference, {}, Path(PROJECT)).eval()
 
 
-def best(work: Callable[[], None], repeats: int, device: str) -> float:
+def best(work: Callable[[], object], repeats: int, device: str) -> float:
     """Seconds of the fastest of `repeats` calls."""
     times = []
     for _ in range(repeats):

@@ -35,6 +35,7 @@ from datafree.stages import (
     proxy_inputs,
 )
 from datafree.store import cache_folder
+from pleas.settings import Heads
 from pleas.symmetry import identity
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -151,7 +152,7 @@ def plain_average(networks: pleas.Parents) -> pleas.MergeResult:
     return pleas.assemble(evidence, pleas.make_plan(evidence, budget=1.0), least_squares=False)
 
 
-def changed_settings(changes: Sequence[str], heads: pleas.settings.Heads, seed: int) -> pleas.MergeSettings:
+def changed_settings(changes: Sequence[str], heads: Heads, seed: int) -> pleas.MergeSettings:
     """MergeSettings with KEY=VALUE changes. Raises click.UsageError for what they do not have or cannot be."""
     known = sorted(set(pleas.MergeSettings.__dataclass_fields__) - {"heads", "seed"})
     chosen: dict[str, Any] = {"heads": heads, "seed": seed}

@@ -23,23 +23,21 @@ import torch
 from torch import Tensor, nn
 
 import pleas
-from benchmarks.common import PROJECT, Pair, load_pair, markdown, percent, write
-from datafree.errors import UsageError
+from benchmarks.common import Notebook, Pair, Row, build, load_pair, markdown, percent, write
 from datafree.evaluate import Evaluation
 from datafree.images import load_images
-from datafree.proxy import ProxySpec, build_proxies
+from datafree.models import Parent
+from datafree.proxy import ProxySet, ProxySpec
 from datafree.recipe import FreshSpec
 from datafree.references import build_model
 from datafree.seeds import derive_seed
+from datafree.stages import AllParents
 from datafree.stages.refining import AUGMENT, fresh_images
-from datafree.store import cache_folder
-from pleas.refine import Features, RefineSettings, refine
+from pleas.refine import Features, RefineSettings, Teacher, refine
 from pleas.refine.distil import Objective, heads_of
 from pleas.refine.settings import STEPS
 from pleas.refine.views import split_off
 from pleas.symmetry import identity
-
-Row = dict[str, Any]
 
 SEARCH: dict[str, dict[str, Any]] = {
     "as it is": {},
@@ -63,7 +61,7 @@ SEARCH: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """A pair, a seed and a number of proxies from the recipe's sources, and what all runs from them share."""
+    """Parents, a seed and a number of proxies from the recipe's sources, and what all runs from them share."""
 
     pair: Pair
     seed: int
@@ -71,116 +69,79 @@ class Case:
     augment: str = "shift"
 
     @cached_property
+    def proxies(self) -> ProxySet:
+        spec = ProxySpec(count=self.count, sources=self.pair.work.recipe.recipe.proxy.sources)
+        return build(self.pair, spec, self.seed)
+
+    @cached_property
     def images(self) -> Tensor:
         """The proxies, uint8 (count, C, H, W)."""
-        spec = self.pair.recipe.recipe.proxy
-        wanted = ProxySpec(count=self.count, sources=spec.sources)
-        made = build_proxies(
-            wanted,
-            [self.pair.a, self.pair.b],
-            self.seed,
-            cache_folder(),
-            self.pair.recipe.base,
-            device=str(self.pair.device),
-        )
-        return torch.cat(list(made.batches(256)))
+        return torch.cat(list(self.proxies.batches(256)))
+
+    @cached_property
+    def evidence(self) -> pleas.Evidence:
+        networks = self.pair.networks(self.pair.settings(self.seed))
+        return pleas.gather(networks, self.pair.inputs(self.proxies))
 
     @property
-    def inputs(self) -> list[Tensor]:
-        return [self.pair.a.preprocess(part.to(self.pair.device)) for part in self.images.split(64)]
-
-    @cached_property
-    def settings(self) -> pleas.MergeSettings:
-        return self.pair.settings(self.seed)
-
-    @cached_property
-    def symmetry(self) -> pleas.Symmetry:
-        return pleas.trace(self.pair.a.module, self.pair.example())
-
-    @cached_property
-    def statistics(self) -> pleas.Statistics:
-        return pleas.collect(
-            self.symmetry, self.pair.a.module, self.pair.b.module, self.inputs, self.settings
-        )
-
-    @cached_property
-    def matching(self) -> pleas.Permutation:
-        modules = self.pair.a.module, self.pair.b.module
-        return pleas.match(self.symmetry, self.statistics, *modules, self.settings)
-
-    @cached_property
-    def costs(self) -> pleas.FusingCosts:
-        modules = self.pair.a.module, self.pair.b.module
-        return pleas.fusing_costs(self.symmetry, self.statistics, self.matching, *modules)
+    def teachers(self) -> list[Teacher]:
+        return [Teacher(parent.name, parent.module, parent.preprocess) for parent in self.pair.parents.each]
 
     def plan(self, budget: float) -> pleas.Plan:
-        return pleas.make_plan(
-            self.symmetry,
-            self.statistics,
-            self.matching,
-            self.pair.a.module,
-            self.pair.b.module,
-            self.settings,
-            budget=budget,
-            costs=self.costs,
-        )
+        return pleas.make_plan(self.evidence, budget=budget)
 
-    def merge(
-        self,
-        budget: float,
-        a: nn.Module | None = None,
-        b: nn.Module | None = None,
-        matching: pleas.Permutation | None = None,
-        least_squares: bool = True,
-    ) -> nn.Module:
-        """The merged network at a budget; with other networks, matching or no least squares, another start."""
-        a, b = a or self.pair.a.module, b or self.pair.b.module
-        return pleas.assemble(
-            self.symmetry,
-            self.statistics,
-            matching or self.matching,
-            self.plan(budget),
-            a,
-            b,
-            self.settings,
-            example=self.pair.example(),
-            least_squares=least_squares,
-        ).module
+    def merge(self, budget: float) -> nn.Module:
+        """The merged network at a budget."""
+        return pleas.assemble(self.evidence, self.plan(budget)).module
+
+    def average(self, budget: float, modules: Sequence[nn.Module] | None, matched: bool) -> nn.Module:
+        """The merged network's shape without least squares: the mean of `modules`, or of the parents."""
+        networks, orders = self.evidence.parents, self.evidence.alignments
+        if modules is not None:
+            networks = self.pair.networks(networks.settings, modules)
+        if not matched:
+            orders = (identity(networks.symmetry),) * networks.count
+        evidence = replace(self.evidence, parents=networks, alignments=orders)
+        return pleas.assemble(evidence, self.plan(budget), least_squares=False).module
+
+    def repaired(self, network: nn.Module) -> nn.Module:
+        """A copy with its batch norms re-estimated on the proxies."""
+        device = self.pair.work.device
+        moved = copy.deepcopy(network).to(device)
+        return pleas.reestimate_bn(moved, self.pair.inputs(self.proxies).merged()).cpu()
 
     def divergence(self, network: nn.Module) -> float:
-        """Mean over heads of KL(parent || network) on the proxies that no run trains on."""
-        settings = RefineSettings()
+        """Mean over heads of KL(parents || network) on the proxies that no run trains on."""
+        settings, device = RefineSettings(), self.pair.work.device
         _, held = split_off(len(self.images), settings.holdout, derive_seed(self.seed, "refine"))
-        seen = self.pair.a.preprocess(self.images[held].to(self.pair.device))
-        modules = self.pair.a.module, self.pair.b.module
+        seen = self.pair.parents.input(self.images[held].to(device))
+        together = AllParents(self.pair.parents, self.pair.labels)
         with torch.no_grad():
-            target = pleas.Ensemble(*modules, self.pair.recipe.recipe.labels)(seen)
-            output = network.to(self.pair.device)(seen)
-        heads = heads_of((self.pair.a.outputs, self.pair.b.outputs), not self.pair.separate)
+            target = copy.deepcopy(together).to(device)(seen)
+            output = network.to(device)(seen)
+        heads = heads_of(self.pair.outputs, not self.pair.separate)
         plain = Objective(heads, "logits", replace(settings, logit_weight=0.0))
         return float(plain(output, target))
 
     def refine(self, start: nn.Module, settings: RefineSettings, images: Tensor | None = None) -> Row:
         """Refine `start` and say how it went; the network is under "module"."""
-        a, b = self.pair.a, self.pair.b
-        features, renew = None, None
+        pair, features, renew = self.pair, None, None
         if settings.renewals:
             fresh = FreshSpec(rounds=settings.renewals)
-            renew = fresh_images(self.pair.recipe, a, b, a.preprocess, fresh, self.seed, self.pair.device)
+            renew = fresh_images(pair.work.recipe, pair.parents, fresh, self.seed, pair.work.device)
         if settings.feature_weight:  # of starts at 1.0x
-            features = Features(self.symmetry, self.matching, self.plan(1.0), a.module, b.module)
+            features = Features(self.evidence, self.plan(1.0))
         result = refine(
             start,
-            self.pair.a.module,
-            self.pair.b.module,
+            self.teachers,
             self.images if images is None else images,
             replace(settings, seed=derive_seed(self.seed, "refine")),
-            normalise=self.pair.a.preprocess,
-            heads=self.pair.recipe.recipe.labels,
+            normalise=pair.parents.input,
+            heads="separate" if pair.separate else "shared",
             augment=AUGMENT[self.augment],
             renew=renew,
             features=features,
-            device=self.pair.device,
+            device=pair.work.device,
         )
         return {
             "module": result.module,
@@ -198,30 +159,33 @@ class Case:
 def starts(case: Case, budget: float) -> dict[str, Callable[[], nn.Module]]:
     """Networks of the merged network's shape: ours, and what a distillation could start from instead.
 
-    Above 1.0x, a start from one network has the units that are kept apart twice over.
+    Above 1.0x, a start from one network has the units that are kept apart several times over.
     """
-    a, b = case.pair.a.module, case.pair.b.module
-    places = identity(case.symmetry)
+    parents = case.pair.parents.each
 
-    def average(one: nn.Module, other: nn.Module, matching: pleas.Permutation, repair: bool) -> nn.Module:
-        merged = case.merge(budget, one, other, matching, least_squares=False)
-        return pleas.reestimate_bn(merged, case.inputs) if repair else merged
+    def alone(network: nn.Module, heads: Sequence[nn.Module]) -> nn.Module:
+        """One network in every place, its head replaced by those of `heads` where heads are separate."""
+        return case.average(budget, [_body(case, head, of=network) for head in heads], matched=False)
 
-    def fresh(parent: Any) -> nn.Module:
+    def fresh(parent: Parent) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive_seed(case.seed, "random start"))
-            built = build_model(parent.reference, dict(parent.arguments), case.pair.recipe.base)
+            torch.manual_seed(derive_seed(case.seed, "random start", parent.name))
+            built = build_model(parent.reference, dict(parent.arguments), case.pair.work.recipe.base)
         return built.eval().requires_grad_(False)
 
+    def random() -> nn.Module:
+        made = [fresh(parent) for parent in parents]
+        return alone(made[0], made)
+
+    modules = [parent.module for parent in parents]
     return {
         "merged": lambda: case.merge(budget),
-        "permutation only": lambda: average(a, b, case.matching, True),
-        "plain average": lambda: average(a, b, places, True),
-        "parent A": lambda: average(a, _body(case, b, of=a), places, False),
-        "parent B": lambda: average(_body(case, a, of=b), b, places, False),
-        "random": lambda: average(
-            fresh(case.pair.a), _body(case, fresh(case.pair.b), fresh(case.pair.a)), places, False
-        ),
+        "permutation only": lambda: case.repaired(case.average(budget, None, matched=True)),
+        "plain average": lambda: case.repaired(case.average(budget, None, matched=False)),
+        **{
+            f"parent {parent.name}": lambda parent=parent: alone(parent.module, modules) for parent in parents
+        },
+        "random": random,
     }
 
 
@@ -229,41 +193,18 @@ def _body(case: Case, network: nn.Module, of: nn.Module) -> nn.Module:
     """`network` with every weight of `of`, but with its own head where the heads are separate."""
     mixed = copy.deepcopy(network)
     state = dict(of.state_dict())
+    symmetry = case.pair.symmetry
     if case.pair.separate:
-        outputs = set(case.symmetry.output)
+        outputs = set(symmetry.output)
         for name, tensor in network.state_dict().items():
-            traced = name in case.symmetry.program.parameters and tensor.dim() > 0
-            if traced and outputs & set(case.symmetry.axis(name, 0).cls.tolist()):
+            traced = name in symmetry.program.parameters and tensor.dim() > 0
+            if traced and outputs & set(symmetry.axis(name, 0).cls.tolist()):
                 state[name] = tensor
     mixed.load_state_dict(state)
     return mixed
 
 
 # results ----------------------------------------------------------------------------------------------------
-
-
-class Notebook:
-    """Rows of finished runs, one per line of runs/NAME.rows.jsonl, found again by what was run."""
-
-    def __init__(self, name: str) -> None:
-        self._path = PROJECT / "runs" / f"{name}.rows.jsonl"
-
-    @property
-    def rows(self) -> list[Row]:
-        """Read anew each time, for runs beside this one write there, too."""
-        lines = self._path.read_text().splitlines() if self._path.exists() else []
-        return [json.loads(line) for line in lines]
-
-    def row(self, run: Row, make: Callable[[], Row]) -> Row:
-        for row in self.rows:
-            if row["run"] == run:
-                return row
-        row = {"run": run, **make()}
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a") as file:  # a line at once, so that runs beside this one keep theirs
-            file.write(json.dumps(row) + "\n")
-        print(_line(row), flush=True)
-        return row
 
 
 def _line(row: Row) -> str:
@@ -346,10 +287,7 @@ class Asked:
             raise click.UsageError(str(error)) from error
 
     def pair(self, name: str) -> Pair:
-        try:
-            return load_pair(name, self.device, self.changes)
-        except UsageError as error:
-            raise click.UsageError(str(error)) from error
+        return load_pair(name, self.device, self.changes)
 
     def case(self, pair: Pair, seed: int) -> Case:
         return Case(pair, seed, self.count, self.augment)
@@ -439,7 +377,9 @@ def table(pairs: str, budgets: Sequence[float], seeds: Sequence[int], asked: Ask
                 run = asked.run(pair_name, seed, settings, budget=budget)
                 chosen.append(
                     book.row(
-                        run, lambda case=case, budget=budget: measured(case, case.merge(budget), settings)
+                        run,
+                        lambda case=case, budget=budget: measured(case, case.merge(budget), settings),
+                        _line,
                     )
                 )
     write(name, chosen, _table(chosen, ceilings), "benchmarks.refine")
@@ -447,16 +387,14 @@ def table(pairs: str, budgets: Sequence[float], seeds: Sequence[int], asked: Ask
 
 def _ceiling(pair: Pair) -> Row:
     """Mean accuracy of the parents on their own tasks, and the ensemble."""
-    parents = [pair.score_parent(parent).average for parent in (pair.a, pair.b)]
-    ensemble = pair.score(pleas.Ensemble(pair.a.module, pair.b.module, pair.recipe.recipe.labels))
-    experts = {parent.name: pair.score_parent(parent) for parent in (pair.a, pair.b)}
+    experts = {parent.name: pair.score_parent(parent) for parent in pair.parents.each}
     own = [
         score.accuracy
         for parent, scored in experts.items()
         for score in scored.tasks
-        if score.expert in (parent, "both")
+        if score.expert in (parent, None)
     ]
-    return {"parents": sum(own) / len(own), "all": parents, "ensemble": _numbers(ensemble)}
+    return {"parents": sum(own) / len(own), "ensemble": _numbers(pair.score_ensemble())}
 
 
 def _table(rows: Sequence[Row], ceilings: Mapping[str, Row]) -> str:
@@ -492,23 +430,24 @@ def compare_starts(budget: float, pair_name: str, seed: int, only: str | None, a
     """The same distillation from other starts, and ours on real images (the oracle)."""
     name, settings = asked.name or f"refine_starts_{pair_name}", asked.settings
     book, case = Notebook(name), asked.case(asked.pair(pair_name), seed)
-    oracle = case.pair.recipe.recipe.oracle
+    oracle = case.pair.work.recipe.recipe.oracle
     made = starts(case, budget)
     labels = among(only, [*made, *(["oracle"] if oracle else [])])
     rows = [
         book.row(
             asked.run(pair_name, seed, settings, budget=budget, start=label),
             lambda make=made[label]: measured(case, make(), settings),
+            _line,
         )
         for label in labels
         if label != "oracle"
     ]
     if oracle is not None and "oracle" in labels:
-        real = load_images(oracle.images, case.pair.recipe.base)
+        real = load_images(oracle.images, case.pair.work.recipe.base)
         images = real.batch(range(min(asked.count, len(real))))
         label = f"merged, refined on {len(images)} real images"
         run = asked.run(pair_name, seed, settings, budget=budget, start=label)
-        rows.append(book.row(run, lambda: measured(case, case.merge(budget), settings, images)))
+        rows.append(book.row(run, lambda: measured(case, case.merge(budget), settings, images), _line))
     lines = [
         [
             row["run"]["start"],
@@ -544,7 +483,7 @@ def search(pair_name: str, seed: int, only: str | None, asked: Asked) -> None:
         if settings.batch != base.batch:
             settings = replace(settings, steps=base.steps * base.batch // settings.batch)  # type: ignore[operator]
         run = asked.run(pair_name, seed, settings, change=label)
-        rows.append(book.row(run, lambda settings=settings: measured(case, start, settings)))
+        rows.append(book.row(run, lambda settings=settings: measured(case, start, settings), _line))
     lines = [
         [
             row["run"]["change"],

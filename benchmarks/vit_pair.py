@@ -13,20 +13,21 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import click
 import torch
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional
 
 import pleas
-from benchmarks.common import markdown, percent, write
+from benchmarks.common import Row, markdown, percent, plain_average, spread, write
 from datafree.digits import PREPROCESS, shifted, shuffled, smooth_noise
 from datafree.evaluate import (
+    Columns,
     Evaluation,
     Task,
     TaskSpec,
@@ -86,9 +87,6 @@ class Training:
 @click.option("--budgets", default="1.0,1.25,1.5,2.0", show_default=True)
 @click.option("--seeds", default="0,1,2", show_default=True)
 @click.option("--count", default=1000, show_default=True, help="Proxies of every source.")
-@click.option(
-    "--norms", default=None, type=float, help="How much the closed form of layer norms counts: 0 to 1."
-)
 @click.option("--threads", default=1, show_default=True)
 @click.option("--name", default="vit_digits", show_default=True, help="Of the result files.")
 def main(
@@ -97,19 +95,18 @@ def main(
     budgets: str,
     seeds: str,
     count: int,
-    norms: float | None,
     threads: int,
     name: str,
 ) -> None:
     """Train or fetch the pairs, merge them, and write benchmarks/results/NAME.json and .md."""
     torch.set_num_threads(threads)
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     for heads in labels.split(","):
         for seed in map(int, seeds.split(",")):
             pair = Pair.of(heads, seed)  # type: ignore[arg-type]
             rows += pair.references()
             for source in sources.split(","):
-                rows += pair.merged(source, count, [float(budget) for budget in budgets.split(",")], norms)
+                rows += pair.merged(source, count, [float(budget) for budget in budgets.split(",")])
     write(name, rows, table(rows), "benchmarks.vit_pair")
 
 
@@ -131,81 +128,59 @@ class Pair:
             parents.append(parent(name, training))
         return cls(labels, seed, parents[0], parents[1], tasks(labels))
 
-    def references(self) -> list[dict[str, Any]]:
-        a, b = self.a.module, self.b.module
-        symmetry = pleas.trace(a, self.example())
-        rows = [
+    def networks(self) -> pleas.Parents:
+        settings = pleas.MergeSettings(heads=self.labels, seed=self.seed)
+        return pleas.Parents.of([self.a.module, self.b.module], torch.zeros(2, *PREPROCESS.shape), settings)
+
+    def references(self) -> list[Row]:
+        ensemble = pleas.Ensemble(self.a.module, self.b.module, heads=self.labels)
+        average = plain_average(self.networks())
+        parents = [
             self.row(
                 f"parent {p.name.upper()}",
-                self.score(p.module, parent_columns(self.labels, p.name, p.outputs)),
+                self.score(p.module, parent_columns(self.labels, p.name, self.outputs)),
                 1.0,
             )
             for p in (self.a, self.b)
         ]
-        rows.append(self.row("ensemble", self.score(pleas.Ensemble(a, b, self.labels)), 2.0))
-        average = pleas.plain_average(symmetry, a, b)
-        return [*rows, self.row("plain average", self.score_average(average), 1.0)]
+        return [
+            *parents,
+            self.row("ensemble", self.score(ensemble), 2.0),
+            self.row("plain average", self.score(average.module), average.ratio),
+        ]
 
-    def merged(
-        self, source: str, count: int, budgets: Sequence[float], norms: float | None
-    ) -> list[dict[str, Any]]:
-        """Permutation only and our merges from one source, from one pass of statistics.
-
-        norms: how much the closed form of layer norms counts (decision 0009); None: as much as units are apart
-        """
-        a, b = self.a.module, self.b.module
-        settings = pleas.MergeSettings(heads=self.labels, seed=self.seed)
+    def merged(self, source: str, count: int, budgets: Sequence[float]) -> list[Row]:
+        """Permutation only and our merges from one source, from one pass of statistics."""
         spec = ProxySpec.model_validate({"count": count, "sources": [SOURCES[source]]})
         images = build_proxies(spec, [self.a, self.b], self.seed, cache_folder(), Path())
-        inputs = [PREPROCESS(batch) for batch in images.batches(100)]
         started = time.perf_counter()
-        symmetry = pleas.trace(a, self.example())
-        statistics = pleas.collect(symmetry, a, b, inputs, settings)
-        matching = pleas.match(symmetry, statistics, a, b, settings)
-        statistics = pleas.collect_grouped(symmetry, statistics, matching, a, b, inputs, settings)
-        known: dict[str, Any] = {"source": source, "count": len(images)}
-        permuted = pleas.permutation_only(symmetry, matching, a, b)
-        rows = [self.row("permutation only", self.score_average(permuted), 1.0, **known)]
-        costs = pleas.fusing_costs(symmetry, statistics, matching, a, b)
+        evidence = pleas.gather(self.networks(), [PREPROCESS(batch) for batch in images.batches(100)])
+        rows = []
         for budget in budgets:
-            plan = pleas.make_plan(symmetry, statistics, matching, a, b, settings, budget=budget, costs=costs)
-            if norms is not None:
-                plan = replace(plan, share_apart=norms)
+            plan = pleas.make_plan(evidence, budget=budget)
             for method, least_squares in (("permutation only", False), ("ours", True)):
-                if budget == 1.0 and not least_squares and self.labels == "shared":
-                    continue  # is the permuted average above
-                result = pleas.assemble(
-                    symmetry,
-                    statistics,
-                    matching,
-                    plan,
-                    a,
-                    b,
-                    settings,
-                    example=self.example(),
-                    least_squares=least_squares,
-                )
+                result = pleas.assemble(evidence, plan, least_squares=least_squares)
                 scored = self.score(result.module)
-                row = self.row(method, scored, result.ratio, budget=budget, **known)
+                known = {"source": source, "count": len(images), "budget": budget}
+                told = {"propagate": result.propagate, "held_out_error": result.held_out_error}
+                row = self.row(method, scored, result.ratio, **known, **told)
                 rows.append(row | {"seconds": time.perf_counter() - started})
                 print(
                     f"{self.labels} {self.seed} {source} {method} {budget}: {scored.average:.4f}", flush=True
                 )
         return rows
 
-    def example(self) -> Tensor:
-        return torch.zeros(2, *PREPROCESS.shape)
+    @property
+    def outputs(self) -> dict[str, int]:
+        """Outputs of both parents, by name."""
+        return {parent.name: parent.outputs for parent in (self.a, self.b)}
 
-    def score(self, module: nn.Module, columns: Any = None) -> Evaluation:
+    def score(self, module: nn.Module, columns: Columns | None = None) -> Evaluation:
         if columns is None:
-            columns = merged_columns(self.labels, self.a.outputs, self.b.outputs)
+            columns = merged_columns(self.labels, self.outputs)
         return evaluate(module, self.tasks, PREPROCESS, columns)
 
-    def score_average(self, module: nn.Module) -> Evaluation:
-        """Score an average of all weights: its one head answers every task."""
-        return self.score(module, dict.fromkeys(("a", "b", "both"), slice(0, self.a.outputs)))
-
-    def row(self, method: str, scored: Evaluation, ratio: float, **known: Any) -> dict[str, Any]:
+    def row(self, method: str, scored: Evaluation, ratio: float, **known: Any) -> Row:
         accuracy = {score.task: score.accuracy for score in scored.tasks}
         start = {"labels": self.labels, "seed": self.seed, "method": method, "ratio": ratio}
         return {**start, **known, "average": scored.average, "joint": scored.joint, "accuracy": accuracy}
@@ -220,7 +195,7 @@ def tasks(labels: Labels) -> tuple[Task, ...]:
         load_task(
             TaskSpec(
                 name=name,
-                expert=expert,  # type: ignore[arg-type]
+                expert=expert,
                 images=test.model_copy(update={"keep_labels": tuple(digits)}),
                 label_offset=digits[0],
             ),
@@ -298,9 +273,9 @@ def fit(model: nn.Module, training: Training) -> None:
                 schedule.step()
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
+def table(rows: Sequence[Row]) -> str:
     """One line per labels, method, source and budget; mean and standard deviation over seeds."""
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    groups: dict[tuple[Any, ...], list[Row]] = {}
     for one in rows:
         key = (one["labels"], one.get("source", ""), one["method"], one.get("budget"))
         groups.setdefault(key, []).append(one)
@@ -309,6 +284,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         images = f"{group[0]['count']} {source}" if source else ""
         ratio = sum(one["ratio"] for one in group) / len(group)
         joint = [one["joint"] for one in group if one["joint"] is not None]
+        errors = [one["held_out_error"] for one in group if one.get("held_out_error") is not None]
         lines.append(
             [
                 {"shared": "shared", "separate": "disjoint"}[labels],
@@ -316,11 +292,21 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
                 images,
                 "" if budget is None else f"{budget:g}",
                 f"{ratio:.2f}x",
+                spread(errors, 3) if errors else "",
                 percent([one["average"] for one in group]),
                 percent(joint) if joint else "",
             ]
         )
-    header = ["labels", "method", "images", "budget", "multiply-adds", "top-1 (%)", "joint (%)"]
+    header = [
+        "labels",
+        "method",
+        "images",
+        "budget",
+        "multiply-adds",
+        "held-out error",
+        "top-1 (%)",
+        "joint (%)",
+    ]
     return markdown(header, lines)
 
 
