@@ -3,10 +3,12 @@
 A merged unit is a set of owners, the parents whose unit it stands for, written as a bit mask: bit `p` for parent `p`,
 all bits for a unit that every parent shares. A class of `n` units per parent becomes the units of its `ClassPlan`,
 ordered by the mean number of their owners: of two parents `[A's own | fused | B's own]`, so that what a unit of A may
-read is a contiguous slice. An axis may hold several classes, each unit at several positions (a flattened map), or
-positions of different classes in turn (a channel shuffle). One rule covers all: every place of the axis grows in place.
-The merged units of a class are dealt to its places as evenly as they go, and a run of neighbouring positions of one unit is
-repeated for each merged unit of its place.
+read is a contiguous slice.
+
+An axis may hold several classes, each unit at several positions (a flattened map), or positions of different classes in
+turn (a channel shuffle). One rule covers all: every place of the axis grows in place. The merged units of a class are
+dealt to its places as evenly as they go, and a run of neighbouring positions of one unit is repeated for each merged
+unit of its place.
 """
 
 from __future__ import annotations
