@@ -15,7 +15,6 @@ from torch import Tensor, nn
 import pleas
 from pleas import MergeSettings
 from pleas.errors import ArchitectureMismatch, InputError, MergeFailed, NonFinite, TooFewRows
-from tests.cases import CASES
 from tests.merging import (
     NAMES,
     SEPARATE,
