@@ -51,7 +51,7 @@ class MergeSpec(Spec):
     matching: Literal["activation", "weight"] = "activation"
     allocation: Literal["error", "uniform", "zip", "early"] = "error"
     propagate: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = "auto"
-    ridge: float = Field(default=1e-3, gt=0)
+    ridge: float = Field(default=1e-2, gt=0)
     head_ridge: float = Field(default=0.1, gt=0)
     holdout: float = Field(default=0.125, gt=0, le=0.5)
     rows: int = Field(default=16, ge=1)

@@ -38,7 +38,7 @@ class MergeSettings:
     allocation: Allocation = "error"
     heads: Heads = "shared"
     propagate: float | Literal["auto"] = "auto"
-    ridge: float = 1e-3
+    ridge: float = 1e-2
     head_ridge: float = 0.1
     rows: int = 16
     positions: int = 64
@@ -58,7 +58,7 @@ class MergeSettings:
                 f'propagate = {self.propagate!r}: must be "auto" or a number from 0 (every layer solved by itself) to '
                 "1 (on what the merged network gives)"
             )
-        for name, usual in (("ridge", "1e-3"), ("head_ridge", "0.1")):
+        for name, usual in (("ridge", "1e-2"), ("head_ridge", "0.1")):
             if not getattr(self, name) > 0:
                 raise InputError(
                     f"{name} = {getattr(self, name)}: must be > 0, for example {usual} (relative to the mean diagonal)"
