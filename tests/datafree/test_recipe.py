@@ -41,7 +41,7 @@ def _with(old: str, new: str) -> str:
 def test_a_good_recipe_and_its_defaults() -> None:
     recipe = parse_recipe(GOOD, "r.yaml").recipe
     assert recipe.merge.budgets == (1.0, 1.25)
-    assert (recipe.merge.apart, recipe.merge.positions, recipe.merge.ridge) == (None, 64, 1e-3)
+    assert (recipe.merge.apart, recipe.merge.positions, recipe.merge.ridge) == (None, 64, 1e-2)
     assert (recipe.seed, recipe.labels, recipe.oracle, recipe.proxy.allow_leak) == (0, "shared", None, False)
     settings = recipe.merge.settings(recipe.labels, 7)
     assert (settings.heads, settings.seed, settings.matching) == ("shared", 7, "activation")

@@ -326,7 +326,7 @@ def test_settings_of_a_merge_are_checked_where_they_are_made() -> None:
     for given, message in (
         ({"matching": "luck"}, "matching = 'luck': must be one of activation, weight"),
         ({"propagate": 2}, r'propagate = 2: must be "auto" or a number from 0'),
-        ({"ridge": 0}, "ridge = 0: must be > 0, for example 1e-3"),
+        ({"ridge": 0}, "ridge = 0: must be > 0, for example 1e-2"),
         ({"rows": 0}, "rows = 0: must be at least 1"),
         ({"holdout": 0.9}, "holdout = 0.9: must be above 0 and at most 0.5"),
     ):
