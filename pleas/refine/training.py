@@ -41,6 +41,7 @@ Renew = Callable[[nn.Module, int], Tensor]
 
 FORMAT = 4
 DIVERGED = 3.0  # a held-out loss this many times the start's and that of a network blind to its input
+WAYS = (0.75, 0.5, 0.25)  # of the line from the start to the end that are looked at, too
 _AT_ONCE = 256  # images judged in one forward pass
 _DEFAULTS = RefineSettings()
 
@@ -74,6 +75,7 @@ class RefineResult:
     history: every check; the first is the start
     notes:   what is to be said about the run; the last says what decided, and on how many images
     snapshots: the network on its way, evenly over the run, whatever was kept in the end
+    way:     how far the module lies on the line from the start (0) to the weights of a check (1)
     """
 
     module: nn.Module
@@ -86,6 +88,7 @@ class RefineResult:
     held_out: int
     notes: tuple[str, ...]
     snapshots: tuple[Snapshot, ...] = ()
+    way: float = 1.0
 
 
 def refine(
@@ -177,6 +180,7 @@ def refine(
             Snapshot(taken["step"], taken["seconds"], with_weights(module, taken["weights"]))
             for taken in run.snapshots
         ),
+        way=run.way,
     )
 
 
@@ -356,7 +360,8 @@ class _Run:
         self._start, self.best = start, start.closeness
         self._least = math.inf  # held-out loss of the network that the verdict is about
         self.verdict = Verdict(False, "the start is kept: training ended before its first check")
-        self.best_weights = learner.averaged()
+        self._first = self.best_weights = learner.averaged()
+        self.way = 0.0
         self.history = [Check(0, 0.0, 0.0, None, start.closeness)]
         self.notes: list[str] = []
         self.snapshots: list[dict[str, Any]] = []
@@ -379,6 +384,11 @@ class _Run:
 
     def go(self, keep: Callable[[State], object]) -> None:
         """Train to the end of the schedule; `keep` gets the state after every check."""
+        self._train(keep)
+        if len(self.history) > 1:
+            self._turn_back()
+
+    def _train(self, keep: Callable[[State], object]) -> None:
         safe = self.state()
         while self._learner.step == 0 or (self.done < 1 and not self._patience_is_over()):
             try:
@@ -435,14 +445,16 @@ class _Run:
         self.history.append(Check(self._learner.step, self.seconds, self._rate(), trained, evidence))
         self._losses.clear()
         self._checks = math.floor(self.done * self._settings.checks)
-        self._compare(look)
+        self._compare(look, self._learner.averaged())
         if math.floor(min(self.done, 1.0) * self._wanted) > len(self.snapshots):
             check = self.history[-1]
             weights = self._learner.averaged()
             self.snapshots.append({"step": check.step, "seconds": check.seconds, "weights": weights})
 
-    def _compare(self, look: Look) -> None:
+    def _compare(self, look: Look, weights: Mapping[str, Tensor], way: float = 1.0) -> None:
         """Keep the closest of the networks that the verdict is for; without one, what there is against the closest."""
+        if not look.closeness.finite:
+            return
         loss, verdict = look.closeness.loss, compare(self._start, look, self._judge.sources)
         if verdict.better < self.verdict.better or (
             verdict.better == self.verdict.better and loss >= self._least
@@ -450,7 +462,18 @@ class _Run:
             return
         self._least, self.verdict = loss, verdict
         if verdict.better:
-            self.best, self.best_weights = look.closeness, self._learner.averaged()
+            self.best, self.best_weights, self.way = look.closeness, weights, way
+
+    def _turn_back(self) -> None:
+        """Look at networks on the line from the start to what training reached.
+
+        Its end is fitted to the proxies and often lies a little too far, for real images more so (WiSE-FT, arXiv
+        2109.01903).
+        """
+        end = self.best_weights if self.verdict.better else self._learner.averaged()
+        for way in WAYS:
+            weights = {name: value.lerp(end[name], way) for name, value in self._first.items()}
+            self._compare(self._judge(with_weights(self._learner.average, weights)), weights, way)
 
     def _patience_is_over(self) -> bool:
         patience = self._settings.patience
@@ -494,6 +517,7 @@ class _Run:
             "best_weights": dict(self.best_weights),
             "verdict": {"better": self.verdict.better, "why": self.verdict.why},
             "least": self._least,
+            "way": self.way,
             "history": [asdict(check) for check in self.history],
             "notes": list(self.notes),
             "snapshots": list(self.snapshots),
@@ -508,6 +532,7 @@ class _Run:
         self.best = Closeness(**state["best"])
         self.best_weights = dict(state["best_weights"])
         self.verdict, self._least = Verdict(**state["verdict"]), state["least"]
+        self.way = state["way"]
         self.history = [
             Check(**{**check, "evidence": Closeness(**check["evidence"])}) for check in state["history"]
         ]

@@ -157,6 +157,20 @@ def test_evidence_is_that_of_the_returned_module() -> None:
     assert result.refined.loss == pytest.approx(loss, rel=1e-4)
 
 
+@pytest.mark.parametrize(("rate", "way"), [(3e-3, 1.0), (1e-1, 0.75)])
+def test_training_that_went_too_far_is_taken_back_part_of_the_way(rate: float, way: float) -> None:
+    """The returned network lies on the line from the start to the only check, where the held-out loss is least."""
+    start = net(3)
+    result = run(start, replace(SHORT, steps=6, checks=1, rate=rate), snapshots=1)
+    assert result.kept == "refined"
+    assert result.way == way
+    assert (result.refined.loss < 0.9 * result.history[-1].evidence.loss) == (way < 1)
+    ends = zip(start.named_parameters(), result.snapshots[-1].module.parameters(), strict=True)
+    ours = dict(result.module.named_parameters())
+    for (name, first), last in ends:
+        assert torch.allclose(ours[name], first + way * (last - first), atol=1e-5)
+
+
 def test_nothing_that_was_given_is_changed() -> None:
     a, b, start = net(1), net(2), net(3).train()
     before = [copy.deepcopy(module) for module in (a, b, start)]
@@ -221,13 +235,13 @@ def test_resumed_equals_uninterrupted_bit_for_bit(views: int) -> None:
 
 def test_snapshots_show_the_network_on_its_way_and_change_nothing() -> None:
     states: list[Any] = []
-    plain, whole = run(), run(snapshots=5, checkpoint=states.append)
+    plain, whole = run(net(3)), run(net(3), snapshots=5, checkpoint=states.append)
     assert same(plain.module, whole.module)
     assert [taken.step for taken in whole.snapshots] == [6, 12, 18, 24, 30]
     best = min(range(1, 6), key=lambda i: whole.history[i].evidence.loss)
     assert same(whole.snapshots[best - 1].module, whole.module)
     assert not same(whole.snapshots[0].module, whole.snapshots[-1].module)
-    resumed = run(snapshots=5, state=copy.deepcopy(states[1]))
+    resumed = run(net(3), snapshots=5, state=copy.deepcopy(states[1]))
     for taken, again in zip(whole.snapshots, resumed.snapshots, strict=True):
         assert taken.step == again.step
         assert same(taken.module, again.module)
