@@ -41,10 +41,6 @@ class Closeness:
     def finite(self) -> bool:
         return math.isfinite(self.loss)
 
-    def better_than(self, best: Closeness, start: Closeness) -> bool:
-        """Closer to the parents than the best so far, and in no less agreement with them than the start."""
-        return self.loss < best.loss - TINY and self.mean_agreement >= start.mean_agreement
-
 
 @dataclass(frozen=True)
 class Teacher:
@@ -136,11 +132,16 @@ class Objective:
 
     def __call__(self, output: Tensor, target: Tensor) -> Tensor:
         """Mean over heads of T^2 KL(target / T || output / T) + logit_weight * mean squared error."""
+        return self.each(output, target).mean()
+
+    def each(self, output: Tensor, target: Tensor) -> Tensor:
+        """The same image by image: (N,)."""
         output = output.float()
+        squared = (output - target).square().mean(1)
         if self.outputs == "values":
-            return F.mse_loss(output, target) / self.scale
+            return squared / self.scale
         losses = [self._divergence(output[:, head], target[:, head]) for head in self.heads.values()]
-        loss = torch.stack(losses).mean() + self.settings.logit_weight * F.mse_loss(output, target)
+        loss = torch.stack(losses).mean(0) + self.settings.logit_weight * squared
         if self.settings.joint_weight and len(self.heads) > 1:
             loss = loss + self.settings.joint_weight * self._divergence(output, target)
         return loss
@@ -149,21 +150,20 @@ class Objective:
         temperature = self.settings.temperature
         ours = F.log_softmax(output / temperature, 1)
         theirs = F.log_softmax(target / temperature, 1)
-        return temperature**2 * F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
+        return temperature**2 * F.kl_div(ours, theirs, reduction="none", log_target=True).sum(1)
 
-    def judge(self, output: Tensor, target: Tensor) -> Closeness:
-        """The closeness of all held-out outputs together."""
-        agreement = {
-            name: self._agreement(output[:, head].float(), target[:, head])
+    def agreement(self, output: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Every image's part in the agreement of a head, (N,); its mean is the agreement."""
+        return {
+            name: self._agreement(output[:, head].double(), target[:, head].double())
             for name, head in self.heads.items()
         }
-        return Closeness(float(self(output, target)), agreement)
 
-    def _agreement(self, output: Tensor, target: Tensor) -> float:
+    def _agreement(self, output: Tensor, target: Tensor) -> Tensor:
         if self.outputs == "logits":
-            return float((output.argmax(1) == target.argmax(1)).float().mean())
-        spread = (target - target.mean(0)).square().sum()
-        return 1 - float((output - target).square().sum() / spread.clamp_min(torch.finfo(spread.dtype).tiny))
+            return (output.argmax(1) == target.argmax(1)).double()
+        spread = (target - target.mean(0)).square().sum(1).mean()
+        return 1 - (output - target).square().sum(1) / spread.clamp_min(torch.finfo(spread.dtype).tiny)
 
 
 def heads_of(sizes: Mapping[str, int], shared: bool) -> dict[str, slice]:

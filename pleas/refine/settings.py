@@ -34,7 +34,8 @@ class RefineSettings:
                   between the images of one parent and of the other
     renewals:     how often, evenly over the run, new images are asked for (`refine(renew=...)`), to be trained on
                   beside those there are
-    holdout:      share of the images never trained on, on which the result is judged
+    holdout:      share of the images never trained on, on which the result is judged; up to a quarter where they are so
+                  few that this would be under 128, and never fewer than 64
     checks:       how often it is judged, and the state handed to `checkpoint`
     patience:     checks without a better result after which the run ends early; None: it never does
     retries:      how often a diverged run goes back to its last check, at half the rate, before it ends

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
@@ -32,14 +33,15 @@ from pleas.refine.distil import (
 from pleas.refine.features import Features
 from pleas.refine.learner import Diverged, Learner, State, laid_out, schedule, with_weights
 from pleas.refine.settings import RefineSettings
+from pleas.refine.verdict import MIN_HELD_OUT, Look, Verdict, compare, share_held_out
 from pleas.refine.views import Augment, Batches, shift_and_flip, split_off
 
 Progress = Callable[[str, int, int], None]
 Renew = Callable[[nn.Module, int], Tensor]
 
 FORMAT = 4
-MIN_HELD_OUT = 16
 DIVERGED = 3.0  # a held-out loss this many times the start's and that of a network blind to its input
+WAYS = (0.75, 0.5, 0.25)  # of the line from the start to the end that are looked at, too
 _AT_ONCE = 256  # images judged in one forward pass
 _DEFAULTS = RefineSettings()
 
@@ -66,12 +68,14 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class RefineResult:
-    """The refined module, and the evidence for it on the held-out images.
+    """The refined module, and how close it is to its parents on the held-out images.
 
-    kept:    "refined", or "start" where refining did not bring the network closer to its parents
-    start:   evidence of the module that was given        refined: of the best one that training reached
+    kept:    "refined", or "start" where refining brought the network no closer to its parents, beyond chance
+    start:   the module that was given        refined: the best one that training reached; the start where it is kept
     history: every check; the first is the start
+    notes:   what is to be said about the run; the last says what decided, and on how many images
     snapshots: the network on its way, evenly over the run, whatever was kept in the end
+    way:     how far the module lies on the line from the start (0) to the weights of a check (1)
     """
 
     module: nn.Module
@@ -84,6 +88,7 @@ class RefineResult:
     held_out: int
     notes: tuple[str, ...]
     snapshots: tuple[Snapshot, ...] = ()
+    way: float = 1.0
 
 
 def refine(
@@ -97,6 +102,7 @@ def refine(
     augment: Augment | None = shift_and_flip,
     renew: Renew | None = None,
     features: Features | None = None,
+    groups: list[str] | None = None,
     snapshots: int = 0,
     device: torch.device | str = "cpu",
     state: State | None = None,
@@ -114,6 +120,8 @@ def refine(
     renew:       (the network as it is, number of the renewal from 1 on) -> new images, uint8 (N, C, H, W), for
                  settings.renewals; a pure function, so that a resumed run gets the same
     features:    which inner activations are compared, for settings.feature_weight
+    groups:      the source of every image by name: the same share of each is held out, and a result is kept only where
+                 it is closer to the parents on every source with 32 held-out images
     snapshots:   how often, evenly over the run, the network is kept beside the best one, settings.checks at most:
                  for looking at it afterwards, nothing in the run depends on it
     state:       what `checkpoint` was given last by a run that was interrupted: the run goes on from there,
@@ -136,14 +144,14 @@ def refine(
         )
     device = torch.device(device)
     _check_teachers(teachers)
-    train, held = _divided(images, settings)
+    train, held, sources = _divided(images, settings, groups)
     parents = Teachers(
         [_frozen(teacher, device) for teacher in teachers], normalise, shared=heads == "shared"
     )
-    judge = _Judge(held, parents, normalise, settings, device)
+    judge = _Judge(held, sources, parents, normalise, settings, device)
     learner = Learner(module, settings, device)
     start = judge(learner.average)
-    if not start.finite:
+    if not start.closeness.finite:
         raise NonFinite(
             "the merged network returns NaN or infinity on proxy images before any refining: see the merge"
         )
@@ -152,48 +160,54 @@ def refine(
     lesson = _Lesson(batches, parents, judge.objective, normalise, settings, device, learner.layout, listens)
     run = _Run(learner, lesson, judge, start, renew, progress, snapshots)
     identity = {**asdict(settings), "images": list(images.shape), "heads": heads, "parents": parents.names}
+    identity["groups"] = sorted(Counter(groups or ()).items())
     if state is not None:
         _check_state(state, identity)
         run.load(state)
     run.go(lambda found: checkpoint and checkpoint({"format": FORMAT, "run": identity, **found}))
-    better = run.best != start
+    better = run.verdict.better
     return RefineResult(
         module=with_weights(module, run.best_weights) if better else copy.deepcopy(module),
         kept="refined" if better else "start",
-        start=start,
+        start=start.closeness,
         refined=run.best,
         history=tuple(run.history),
         steps=learner.step,
         seconds=run.seconds,
         held_out=len(held),
-        notes=tuple(judge.notes + run.notes),
+        notes=(*judge.notes, *run.notes, run.verdict.why),
         snapshots=tuple(
             Snapshot(taken["step"], taken["seconds"], with_weights(module, taken["weights"]))
             for taken in run.snapshots
         ),
+        way=run.way,
     )
 
 
 # before the run ---------------------------------------------------------------------------------------------
 
 
-def _divided(images: Tensor, settings: RefineSettings) -> tuple[Tensor, Tensor]:
-    """Images to train on and images held out."""
+def _divided(
+    images: Tensor, settings: RefineSettings, groups: list[str] | None
+) -> tuple[Tensor, Tensor, list[str] | None]:
+    """Images to train on, images held out, and the sources of these."""
     if images.dtype != torch.uint8 or images.ndim != 4:
         raise InputError(
             f"images are {images.dtype} {tuple(images.shape)}: uint8 of shape (N, C, H, W) is needed, "
             "values from 0 to 255"
         )
+    count = len(images)
     needed = max(settings.batch + MIN_HELD_OUT, math.ceil(settings.batch / (1 - settings.holdout)))
-    if len(images) < needed:
+    if count < needed:
         raise InputError(
-            f"refining got {len(images)} proxy images and needs at least {needed}: {MIN_HELD_OUT} or more "
+            f"refining got {count} proxy images and needs at least {needed}: {MIN_HELD_OUT} or more "
             f"are held out to judge the result, and the others must fill one batch of {settings.batch}. Make "
             "more proxies, or leave the refine stage out"
         )
-    share = max(settings.holdout, MIN_HELD_OUT / len(images))
-    train, held = split_off(len(images), share, settings.seed)
-    return images[train], images[held]
+    if groups is not None and len(groups) != count:
+        raise InputError(f"groups names {len(groups)} sources for {count} images: give one for every image")
+    train, held = split_off(count, share_held_out(count, settings.holdout), settings.seed, groups)
+    return images[train], images[held], None if groups is None else [groups[i] for i in held.tolist()]
 
 
 def _check_teachers(teachers: Sequence[Teacher]) -> None:
@@ -227,17 +241,19 @@ def _check_state(state: State, identity: Mapping[str, Any]) -> None:
 
 
 class _Judge:
-    """Closeness on the held-out images; the parents answer them once."""
+    """Looks at networks on the held-out images; the parents answer them once."""
 
     def __init__(
         self,
         held: Tensor,
+        sources: Sequence[str] | None,
         parents: Teachers,
         normalise: Normalise,
         settings: RefineSettings,
         device: torch.device,
     ) -> None:
         self._parts, self._normalise, self._device = held.split(_AT_ONCE), normalise, device
+        self.sources = sources
         parts = zip(*(parents.answers(part.to(device)) for part in self._parts), strict=True)
         answers = {name: torch.cat(part).cpu() for name, part in zip(parents.names, parts, strict=True)}
         sizes = {name: answer.shape[1] for name, answer in answers.items()}
@@ -256,7 +272,7 @@ class _Judge:
         self.blind = float(self.objective(self._target.mean(0).expand_as(self._target), self._target))
 
     @torch.no_grad()
-    def __call__(self, network: nn.Module) -> Closeness:
+    def __call__(self, network: nn.Module) -> Look:
         seen = (laid_out(self._normalise(part.to(self._device))) for part in self._parts)
         output = torch.cat([network(x).float().cpu() for x in seen])
         if output.shape != self._target.shape:
@@ -264,7 +280,11 @@ class _Judge:
                 f"the merged network returns {output.shape[1]} outputs per image and its parents' heads have "
                 f"{self._target.shape[1]}: `heads` must be what the merge was made with"
             )
-        return self.objective.judge(output, self._target)
+        losses = self.objective.each(output, self._target).double()
+        agreement = self.objective.agreement(output, self._target)
+        agreed = torch.stack(list(agreement.values())).mean(0)
+        shares = {name: float(part.mean()) for name, part in agreement.items()}
+        return Look(Closeness(float(losses.mean()), shares), losses, agreed)
 
 
 @dataclass
@@ -329,7 +349,7 @@ class _Run:
         learner: Learner,
         lesson: _Lesson,
         judge: _Judge,
-        start: Closeness,
+        start: Look,
         renew: Renew | None,
         progress: Progress | None,
         snapshots: int,
@@ -337,9 +357,12 @@ class _Run:
         self._learner, self._lesson, self._judge, self._progress = learner, lesson, judge, progress
         self._renew = renew
         self._settings = learner.settings
-        self._start = self.best = start
-        self.best_weights = learner.averaged()
-        self.history = [Check(0, 0.0, 0.0, None, start)]
+        self._start, self.best = start, start.closeness
+        self._least = math.inf  # held-out loss of the network that the verdict is about
+        self.verdict = Verdict(False, "the start is kept: training ended before its first check")
+        self._first = self.best_weights = learner.averaged()
+        self.way = 0.0
+        self.history = [Check(0, 0.0, 0.0, None, start.closeness)]
         self.notes: list[str] = []
         self.snapshots: list[dict[str, Any]] = []
         self._wanted = snapshots
@@ -361,6 +384,11 @@ class _Run:
 
     def go(self, keep: Callable[[State], object]) -> None:
         """Train to the end of the schedule; `keep` gets the state after every check."""
+        self._train(keep)
+        if len(self.history) > 1:
+            self._turn_back()
+
+    def _train(self, keep: Callable[[State], object]) -> None:
         safe = self.state()
         while self._learner.step == 0 or (self.done < 1 and not self._patience_is_over()):
             try:
@@ -407,19 +435,45 @@ class _Run:
         return settings.rate * 0.5**self._setbacks * schedule(min(here, 1.0), settings.warmup)
 
     def _check(self) -> None:
-        evidence = self._judge(self._learner.average)
-        if not evidence.loss <= DIVERGED * max(self._start.loss, self._judge.blind):
-            raise Diverged(f"the held-out loss rose from {self._start.loss:.3g} to {evidence.loss:.3g}")
+        look = self._judge(self._learner.average)
+        evidence = look.closeness
+        if not evidence.loss <= DIVERGED * max(self._start.closeness.loss, self._judge.blind):
+            raise Diverged(
+                f"the held-out loss rose from {self._start.closeness.loss:.3g} to {evidence.loss:.3g}"
+            )
         trained = sum(self._losses) / len(self._losses)
         self.history.append(Check(self._learner.step, self.seconds, self._rate(), trained, evidence))
         self._losses.clear()
         self._checks = math.floor(self.done * self._settings.checks)
-        if evidence.better_than(self.best, self._start):
-            self.best, self.best_weights = evidence, self._learner.averaged()
+        self._compare(look, self._learner.averaged())
         if math.floor(min(self.done, 1.0) * self._wanted) > len(self.snapshots):
             check = self.history[-1]
             weights = self._learner.averaged()
             self.snapshots.append({"step": check.step, "seconds": check.seconds, "weights": weights})
+
+    def _compare(self, look: Look, weights: Mapping[str, Tensor], way: float = 1.0) -> None:
+        """Keep the closest of the networks that the verdict is for; without one, what there is against the closest."""
+        if not look.closeness.finite:
+            return
+        loss, verdict = look.closeness.loss, compare(self._start, look, self._judge.sources)
+        if verdict.better < self.verdict.better or (
+            verdict.better == self.verdict.better and loss >= self._least
+        ):
+            return
+        self._least, self.verdict = loss, verdict
+        if verdict.better:
+            self.best, self.best_weights, self.way = look.closeness, weights, way
+
+    def _turn_back(self) -> None:
+        """Look at networks on the line from the start to what training reached.
+
+        Its end is fitted to the proxies and often lies a little too far, for real images more so (WiSE-FT, arXiv
+        2109.01903).
+        """
+        end = self.best_weights if self.verdict.better else self._learner.averaged()
+        for way in WAYS:
+            weights = {name: value.lerp(end[name], way) for name, value in self._first.items()}
+            self._compare(self._judge(with_weights(self._learner.average, weights)), weights, way)
 
     def _patience_is_over(self) -> bool:
         patience = self._settings.patience
@@ -461,6 +515,9 @@ class _Run:
             **self._learner.state(),
             "best": asdict(self.best),
             "best_weights": dict(self.best_weights),
+            "verdict": {"better": self.verdict.better, "why": self.verdict.why},
+            "least": self._least,
+            "way": self.way,
             "history": [asdict(check) for check in self.history],
             "notes": list(self.notes),
             "snapshots": list(self.snapshots),
@@ -474,6 +531,8 @@ class _Run:
         self._learner.load(state)
         self.best = Closeness(**state["best"])
         self.best_weights = dict(state["best_weights"])
+        self.verdict, self._least = Verdict(**state["verdict"]), state["least"]
+        self.way = state["way"]
         self.history = [
             Check(**{**check, "evidence": Closeness(**check["evidence"])}) for check in state["history"]
         ]

@@ -7,7 +7,7 @@ a batch that comes round again is the same batch.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -74,11 +74,21 @@ class Batches:
         return self._orders[kind, lap]
 
 
-def split_off(count: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices to train on and indices held out, both ascending; a seeded choice."""
-    held = max(1, round(share * count))
+def split_off(
+    count: int, share: float, seed: int, sources: Sequence[str] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Indices to train on and indices held out, both ascending; a seeded choice.
+
+    sources: of every image; the same share of each is held out
+    """
     order = torch.randperm(count, generator=generator_for(seed, "held out"))
-    return order[held:].sort().values, order[:held].sort().values
+    parts = [order]
+    if sources is not None:
+        parts = [order[[sources[i] == name for i in order.tolist()]] for name in sorted(set(sources))]
+    cuts = [max(1, round(share * len(part))) for part in parts]
+    train = torch.cat([part[cut:] for part, cut in zip(parts, cuts, strict=True)])
+    held = torch.cat([part[:cut] for part, cut in zip(parts, cuts, strict=True)])
+    return train.sort().values, held.sort().values
 
 
 def shift_and_flip(

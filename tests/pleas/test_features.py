@@ -112,7 +112,7 @@ def test_a_run_comes_closer_to_the_matched_activations() -> None:
     result, evidence, plan = merged("residual", pair, apart=0.25)
     teachers = [Teacher(name, module) for name, module in zip("ab", pair, strict=True)]
     shape = CASES["residual"].shape[1:]
-    pixels = torch.randint(0, 256, (96, *shape), generator=torch.Generator().manual_seed(2)).to(torch.uint8)
+    pixels = torch.randint(0, 256, (128, *shape), generator=torch.Generator().manual_seed(2)).to(torch.uint8)
 
     def normalise(images: Tensor) -> Tensor:
         return images.float() / 64 - 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -21,10 +22,11 @@ from pleas.module import BlockLayer
 from pleas.refine import Closeness, RefineResult, RefineSettings, Teacher, refine, shift_and_flip
 from pleas.refine.distil import Objective, heads_of
 from pleas.refine.learner import training_layout
+from pleas.refine.verdict import Look, compare, share_held_out
 from pleas.refine.views import Batches, blend, split_off
 from tests.cases import CASES, conv_bn, pooled_head, randomise
 
-SHORT = RefineSettings(steps=30, batch=16, rate=3e-3, checks=5, holdout=0.25)
+SHORT = RefineSettings(steps=30, batch=16, rate=3e-3, checks=5, holdout=0.4)
 
 
 def net(seed: int, classes: int = 4) -> nn.Module:
@@ -37,7 +39,7 @@ def normalise(images: Tensor) -> Tensor:
     return images.float() / 64 - 2
 
 
-def proxies(count: int = 96) -> Tensor:
+def proxies(count: int = 160) -> Tensor:
     """Smooth random images in strong colours, on which random networks differ."""
     smooth = torch.randn(count, 3, 3, 3, generator=torch.Generator().manual_seed(5)) * 0.7 + 0.5
     return (F.interpolate(smooth, 12, mode="bicubic").clamp(0, 1) * 255).to(torch.uint8)
@@ -89,7 +91,7 @@ def test_comes_closer_to_both_parents(heads: Any) -> None:
     assert result.history[0].evidence == result.start
     assert [check.step for check in result.history] == [0, 24, 48, 72, 96, 120]
     assert result.steps == 120
-    assert result.held_out == 24
+    assert result.held_out == 64
 
 
 @pytest.mark.parametrize("heads", ["shared", "separate"])
@@ -101,7 +103,7 @@ def test_three_parents_are_three_teachers(heads: Any) -> None:
     result = run(start, replace(SHORT, steps=120), teachers=teachers, heads=heads)
     assert result.kept == "refined"
     assert list(result.refined.agreement) == (["shared"] if heads == "shared" else ["x", "y", "z"])
-    _, held = split_off(96, SHORT.holdout, SHORT.seed)
+    _, held = split_off(160, SHORT.holdout, SHORT.seed)
     seen = normalise(proxies()[held])
     with torch.no_grad():
         answers, output = [network(seen) for network in networks], result.module(seen)
@@ -143,7 +145,7 @@ def test_teachers_need_names_of_their_own(names: tuple[str, ...], said: str) -> 
 def test_evidence_is_that_of_the_returned_module() -> None:
     a, b = net(1), net(2)
     result = run(a, a=a, b=b)
-    _, held = split_off(96, SHORT.holdout, SHORT.seed)
+    _, held = split_off(160, SHORT.holdout, SHORT.seed)
     seen = normalise(proxies()[held])
     with torch.no_grad():
         target, output = (a(seen) + b(seen)) / 2, result.module(seen)
@@ -153,6 +155,20 @@ def test_evidence_is_that_of_the_returned_module() -> None:
         (output - target).square().mean()
     )
     assert result.refined.loss == pytest.approx(loss, rel=1e-4)
+
+
+@pytest.mark.parametrize(("rate", "way"), [(3e-3, 1.0), (1e-1, 0.75)])
+def test_training_that_went_too_far_is_taken_back_part_of_the_way(rate: float, way: float) -> None:
+    """The returned network lies on the line from the start to the only check, where the held-out loss is least."""
+    start = net(3)
+    result = run(start, replace(SHORT, steps=6, checks=1, rate=rate), snapshots=1)
+    assert result.kept == "refined"
+    assert result.way == way
+    assert (result.refined.loss < 0.9 * result.history[-1].evidence.loss) == (way < 1)
+    ends = zip(start.named_parameters(), result.snapshots[-1].module.parameters(), strict=True)
+    ours = dict(result.module.named_parameters())
+    for (name, first), last in ends:
+        assert torch.allclose(ours[name], first + way * (last - first), atol=1e-5)
 
 
 def test_nothing_that_was_given_is_changed() -> None:
@@ -219,13 +235,13 @@ def test_resumed_equals_uninterrupted_bit_for_bit(views: int) -> None:
 
 def test_snapshots_show_the_network_on_its_way_and_change_nothing() -> None:
     states: list[Any] = []
-    plain, whole = run(), run(snapshots=5, checkpoint=states.append)
+    plain, whole = run(net(3)), run(net(3), snapshots=5, checkpoint=states.append)
     assert same(plain.module, whole.module)
     assert [taken.step for taken in whole.snapshots] == [6, 12, 18, 24, 30]
     best = min(range(1, 6), key=lambda i: whole.history[i].evidence.loss)
     assert same(whole.snapshots[best - 1].module, whole.module)
     assert not same(whole.snapshots[0].module, whole.snapshots[-1].module)
-    resumed = run(snapshots=5, state=copy.deepcopy(states[1]))
+    resumed = run(net(3), snapshots=5, state=copy.deepcopy(states[1]))
     for taken, again in zip(whole.snapshots, resumed.snapshots, strict=True):
         assert taken.step == again.step
         assert same(taken.module, again.module)
@@ -308,9 +324,10 @@ def test_a_rate_far_too_high_is_halved_and_never_harms() -> None:
     result = run(settings=replace(SHORT, rate=1e4, retries=3, batch_statistics=False))
     assert result.kept == "start"
     assert same(result.module, net(1))
-    assert len(result.notes) == 4
+    assert len(result.notes) == 5
     assert "it went back to step 0 and on at a rate of 5e+03" in result.notes[0]
-    assert "diverged again after step" in result.notes[-1]
+    assert "diverged again after step" in result.notes[-2]
+    assert result.notes[-1] == "the start is kept: training ended before its first check"
 
 
 class Stumbling(nn.Module):
@@ -329,7 +346,7 @@ def test_one_nan_costs_a_halving_and_the_steps_since_the_last_check() -> None:
     result = run(Stumbling(net(1), 15))
     assert result.kept == "refined"
     assert result.steps == 30
-    assert result.notes == (
+    assert result.notes[:-1] == (
         "training diverged after step 14 (the loss became nan): it went back to step 12 and on at a rate of "
         "0.0015",
     )
@@ -398,7 +415,7 @@ def test_no_or_too_few_images() -> None:
     for count in (0, 20):
         with pytest.raises(
             InputError,
-            match=rf"refining got {count} proxy images and needs at least 32: 16 or more are held out",
+            match=rf"refining got {count} proxy images and needs at least 80: 64 or more are held out",
         ):
             run(images=proxies(count) if count else torch.zeros(0, 3, 12, 12, dtype=torch.uint8))
 
@@ -406,7 +423,7 @@ def test_no_or_too_few_images() -> None:
 def test_images_that_are_not_pixels() -> None:
     with pytest.raises(
         InputError,
-        match=r"images are torch\.float32 \(96, 3, 12, 12\): uint8 of shape \(N, C, H, W\) is needed",
+        match=r"images are torch\.float32 \(160, 3, 12, 12\): uint8 of shape \(N, C, H, W\) is needed",
     ):
         run(images=proxies().float())
 
@@ -462,11 +479,110 @@ def test_outputs_that_are_no_logits_are_said_and_fitted_as_they_are(
 ) -> None:
     a, b = (net(seed, 1) if change is None else change(net(seed)) for seed in (1, 2))
     result = run(a, replace(SHORT, steps=100), a, b)
-    (note,) = result.notes
+    note, decided = result.notes
+    assert decided.startswith("the refined network is kept: on 64 held-out images the loss goes from")
     assert re.search(said, note)
     assert "by squared error, without softmax and temperature" in note
     assert result.kept == "refined"
     assert result.refined.agreement["shared"] > result.start.agreement["shared"]
+
+
+# the verdict ----------------------------------------------------------------------------
+
+
+def look(losses: Tensor, agreed: Tensor) -> Look:
+    closeness = Closeness(float(losses.mean()), {"shared": float(agreed.mean())})
+    return Look(closeness, losses.double(), agreed.double())
+
+
+def spread(count: int, seed: int = 0) -> Tensor:
+    """Standard normal numbers, whose mean is 0 and deviation 1 exactly."""
+    numbers = torch.randn(count, generator=torch.Generator().manual_seed(seed)).double()
+    return (numbers - numbers.mean()) / numbers.std()
+
+
+@pytest.mark.parametrize(
+    ("count", "gain", "better"), [(26, 0.3, False), (26, 0.45, True), (400, 0.09, False), (400, 0.11, True)]
+)
+def test_a_gain_counts_from_two_standard_errors_on(count: int, gain: float, better: bool) -> None:
+    """The gain of every image is `gain` plus noise of deviation 1, so the limit is 2 / sqrt(count)."""
+    losses, agreed = 5 + 3 * spread(count, 1), torch.ones(count)
+    verdict = compare(look(losses, agreed), look(losses - gain - spread(count), agreed))
+    assert verdict.better == better
+    said = f"on {count} held-out images the loss goes from 5 to {5 - gain:.3g} (down by {gain:.2g} "
+    assert said + f"± {2 / count**0.5:.2g}" in verdict.why
+    assert verdict.why.endswith(", no gain beyond chance") != better
+
+
+def test_agreement_may_not_drop_beyond_chance() -> None:
+    losses, agreed = torch.rand(100), torch.ones(100)
+    start = look(losses, agreed)
+    some, many = agreed.clone(), agreed.clone()
+    some[:3], many[:10] = 0, 0
+    assert compare(start, look(losses / 2, some)).better
+    verdict = compare(start, look(losses / 2, many))
+    assert not verdict.better
+    assert (
+        "agreement with the parents from 100.0 to 90.0 % (by -10 ± 6 points), so agreement is lost"
+        in verdict.why
+    )
+
+
+def test_every_source_with_enough_images_has_to_gain() -> None:
+    """A gain on inverted images and a loss on photographs, which are 32 or too few to have a say."""
+    for photographs, better in ((32, False), (31, True)):
+        start = look(torch.ones(100 + photographs), torch.ones(100 + photographs))
+        found = torch.cat([torch.full((100,), 0.5), torch.full((photographs,), 1.1)])
+        sources = ["inversion"] * 100 + ["photographs"] * photographs
+        verdict = compare(start, look(found, torch.ones(len(found))), sources)
+        assert verdict.better == better
+        expected = "but on the 32 of photographs the loss goes down by -0.1 ± "
+        assert (expected in verdict.why) != better
+
+
+def test_rounding_is_no_gain() -> None:
+    losses = torch.full((100,), 0.5).double()
+    assert not compare(look(losses, losses), look(losses - 1e-7, losses)).better
+
+
+def test_a_source_the_network_unlearns_keeps_the_start() -> None:
+    """The start is exact on dark images; training on others, rare among the dark ones, unlearns it."""
+    teacher, bright = net(1), proxies(160)
+    dark = bright // 8
+    names = ["bright"] * 160 + ["dark"] * 160
+    settings = replace(SHORT, holdout=0.25)
+
+    class Switch(nn.Module):
+        """Another network for bright images."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.dark, self.bright = net(1), net(2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            light = (x.amax((1, 2, 3)) > -1)[:, None]
+            return torch.where(light, self.bright(x), self.dark(x))
+
+    given = {"images": torch.cat([bright, dark]), "teachers": [Teacher("a", Switch())]}
+    assert run(teacher, settings, **given).kept == "refined"
+    result = run(teacher, settings, groups=names, **given)
+    assert result.kept == "start"
+    assert re.search(
+        r"but on the 40 of dark the loss goes down by -.* no gain beyond chance", result.notes[-1]
+    )
+    assert same(result.module, teacher)
+
+
+def test_sources_are_named_for_every_image() -> None:
+    with pytest.raises(InputError, match="groups names 2 sources for 160 images: give one for every image"):
+        run(groups=["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("count", "held"), [(128, 64), (256, 64), (400, 100), (512, 128), (1000, 128), (2000, 200)]
+)
+def test_more_are_held_out_of_few(count: int, held: int) -> None:
+    assert round(count * share_held_out(count, 0.1)) == held
 
 
 # loss and batches -----------------------------------------------------------------------------
@@ -492,14 +608,6 @@ def test_loss_is_the_mean_over_heads_of_its_formula() -> None:
     objective = Objective(heads_of({"a": 3, "b": 2}, shared=False), "logits", settings)
     assert float(objective(output, target)) == pytest.approx(expected, rel=1e-5)
     assert float(objective(target, target)) == pytest.approx(0, abs=1e-6)
-
-
-def test_better_means_closer_than_the_best_and_no_less_in_agreement_than_the_start() -> None:
-    start, best = Closeness(1.0, {"a": 0.5, "b": 0.7}), Closeness(0.8, {"a": 0.9, "b": 0.7})
-    assert Closeness(0.7, {"a": 0.6, "b": 0.6}).better_than(best, start)
-    assert not Closeness(0.7, {"a": 0.5, "b": 0.6}).better_than(best, start)
-    assert not Closeness(0.8, {"a": 0.9, "b": 0.9}).better_than(best, start)
-    assert not Closeness(math.nan, {"a": 0.9, "b": 0.9}).better_than(best, start)
 
 
 def test_every_image_comes_once_before_any_comes_again() -> None:
@@ -556,6 +664,13 @@ def test_blend_by_loops() -> None:
         exact = part[i] * images[i].double() + (1 - part[i]) * images[order[i]].double()
         assert (blended[i].double() - exact).abs().max() <= 0.5 + 1e-4
     assert torch.equal(blend(images, 0.0, generator), images)
+
+
+def test_every_source_is_split_alike() -> None:
+    names = ["a", "b", "a"] * 20
+    train, held = split_off(60, 0.25, seed=1, sources=names)
+    assert sorted([*train.tolist(), *held.tolist()]) == list(range(60))
+    assert Counter(names[i] for i in held) == {"a": 10, "b": 5}
 
 
 def test_split_is_a_partition() -> None:
