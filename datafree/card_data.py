@@ -40,13 +40,13 @@ def own_row(description: Description, results: Results) -> Row | None:
     rows = [
         row
         for row in results.rows
-        if row.name in ("merged", "refined")
+        if row.kind in ("merged", "refined")
         and row.point is not None
         and (point is None or {"kind": row.point.kind, "value": row.point.value} == dict(point))
     ]
     if point is None and len({row.point for row in rows}) != 1:
         return None
-    return next((row for row in rows if row.name == "refined"), rows[0] if rows else None)
+    return next((row for row in rows if row.kind == "refined"), rows[0] if rows else None)
 
 
 def metadata(description: Description, results: Results | None = None) -> str:
@@ -81,7 +81,7 @@ def _result(score: Any) -> dict[str, Any]:
 
 
 def _published(description: Description) -> list[str]:
-    """Names on the Hub of timm's published weights, where both parents are such."""
+    """Names on the Hub of timm's published weights, where all parents are such."""
     parents = list(description.details.get("parents", {}).values())
     timm = [
         parent["reference"].removeprefix("timm:")

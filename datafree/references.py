@@ -158,7 +158,7 @@ def _python(rest: str, arguments: Mapping[str, Any], base: Path, pretrained: boo
     function = getattr(module, name, None)
     if isinstance(function, nn.Module):
         raise UsageError(
-            f"{reference}: {name!r} in {place} is a model, not what builds one; both parents would share it. Name the "
+            f"{reference}: {name!r} in {place} is a model, not what builds one; all parents would share it. Name the "
             f"class, or a function that returns it: `def make(): return {type(function).__name__}(...)`"
         )
     if not callable(function):

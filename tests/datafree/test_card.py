@@ -27,7 +27,7 @@ PARENT = {"reference": "python:/home/me/secret/net.py:net", "weights": "a.pt", "
 def card(results: Results | None = None, **keys: Any) -> Any:
     details = {"parents": {"a": PARENT, "b": PARENT}, "point": {"kind": "budget", "value": 1.25}}
     keys = {"reference": "python:/home/me/secret/net.py:net", "details": details} | keys
-    description = Description("tiny, budget 1.25", make_heads([5]), **keys)
+    description = Description("tiny, budget 1.25", make_heads([5], ["a", "b"]), **keys)
     return ModelCard(model_card(description, merged(), results, [{"kind": "images", "count": 64}]))
 
 
@@ -56,7 +56,7 @@ def test_licence_and_parents_are_those_that_were_said() -> None:
     assert found.data.to_dict()["base_model_relation"] == "merge"
     assert "- license: apache-2.0\n" in found.text
     assert (
-        "- license: unknown, not recorded: what the licenses of both parents' weights allow holds"
+        "- license: unknown, not recorded: what the licenses of all parents' weights allow holds"
         in card().text
     )
 
@@ -64,7 +64,7 @@ def test_licence_and_parents_are_those_that_were_said() -> None:
 def test_the_row_of_this_folder_stands_out() -> None:
     lines = [line for line in card(_results()).text.splitlines() if line.startswith("| **")]
     assert lines == [
-        "| **merged, budget 1.25** | **80.0** | **90.0** | **85.0** | **101 M** | **1.232** | **340 k** |"
+        "| **merged, budget 1.25** | **80.0** | **90.0** | **85.0** | **0.250** | **101 M** | **1.232** | **340 k** |"
     ]
     assert "The row in bold is the network in this folder." in card(_results()).text
 

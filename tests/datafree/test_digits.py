@@ -121,7 +121,7 @@ def test_experts_know_their_own_domain_and_not_the_other(tmp_path: Path) -> None
     ]
     for own, name in enumerate(("upright", "rotated")):
         expert = parent(name, tmp_path)
-        scores = evaluate(expert.module, tasks, expert.preprocess, parent_columns("shared", "a", 10)).tasks
+        scores = evaluate(expert.module, tasks, expert.preprocess, parent_columns("shared", "a", {"a": 10, "b": 10})).tasks
         assert scores[own].accuracy > 0.95
         assert scores[1 - own].accuracy < 0.6
 
@@ -135,5 +135,6 @@ def test_the_ensemble_of_the_experts_knows_both_domains(tmp_path: Path) -> None:
         for domain in ("upright", "rotated")
     ]
     a, b = parent("upright", tmp_path), parent("rotated", tmp_path)
-    both = evaluate(pleas.Ensemble(a.module, b.module), tasks, a.preprocess, merged_columns("shared", 10, 10))
+    columns = merged_columns("shared", {"a": 10, "b": 10})
+    both = evaluate(pleas.Ensemble(a.module, b.module), tasks, a.preprocess, columns)
     assert min(score.accuracy for score in both.tasks) > 0.9

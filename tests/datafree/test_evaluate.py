@@ -18,6 +18,7 @@ from datafree.evaluate import (
     TaskSpec,
     check_tasks,
     evaluate,
+    head_of,
     load_task,
     merged_columns,
     parent_columns,
@@ -43,7 +44,7 @@ class FirstPixel(nn.Module):
 
 
 def task(
-    answers: list[int], targets: list[int], *, expert: Any = "both", name: str = "t", first: int = 0
+    answers: list[int], targets: list[int], *, expert: str | None = None, name: str = "t", first: int = 0
 ) -> Task:
     """Images on which FirstPixel answers `answers`; `first` is the label of target 0."""
     images = np.zeros((len(answers), 1, 2, 2), np.uint8)
@@ -58,7 +59,7 @@ def run(module: nn.Module, tasks: list[Task], columns: Any, **keys: Any) -> Eval
 
 def test_accuracy_and_worst_class_are_counted() -> None:
     given = task([0, 0, 1, 1, 1, 2], [0, 0, 1, 2, 2, 2], first=3)
-    score = run(FirstPixel(3), [given], parent_columns("shared", "a", 3), batch_size=4).tasks[0]
+    score = run(FirstPixel(3), [given], parent_columns("shared", "a", {"a": 3, "b": 3}), batch_size=4).tasks[0]
     assert score.count == 6
     assert score.accuracy == pytest.approx(4 / 6)
     assert score.per_class == pytest.approx({"n": 1.0, "o": 1.0, "p": 1 / 3})
@@ -68,7 +69,7 @@ def test_accuracy_and_worst_class_are_counted() -> None:
 
 def test_agreement_is_with_each_parents_choice() -> None:
     tasks = [task([0, 1, 2, 0], [0, 1, 2, 2])]
-    columns = parent_columns("shared", "a", 3)
+    columns = parent_columns("shared", "a", {"a": 3, "b": 3})
     same, shifted = (run(FirstPixel(3, offset), tasks, columns) for offset in (0, 1))
     score = run(FirstPixel(3), tasks, columns, parents={"a": same, "b": shifted}).tasks[0]
     assert score.agreement == {"a": 1.0, "b": 0.0}
@@ -79,7 +80,7 @@ def test_separate_heads_answer_their_own_tasks_and_jointly() -> None:
         task([0, 1, 2], [0, 1, 1], expert="a", name="low"),
         task([3, 4, 1], [1, 2, 2], expert="b", name="high"),
     ]
-    result = run(FirstPixel(5), tasks, merged_columns("separate", 2, 3))
+    result = run(FirstPixel(5), tasks, merged_columns("separate", {"a": 2, "b": 3}))
     low, high = result.tasks
     assert low.predictions.tolist() == [0, 1, 0]  # the third image's answer lies in the other head
     assert low.accuracy == pytest.approx(2 / 3)
@@ -90,7 +91,7 @@ def test_separate_heads_answer_their_own_tasks_and_jointly() -> None:
 
 def test_a_parent_answers_only_its_own_tasks_when_labels_are_separate() -> None:
     tasks = [task([0, 1], [0, 1], expert="a", name="low"), task([0, 1], [0, 1], expert="b", name="high")]
-    result = run(FirstPixel(2), tasks, parent_columns("separate", "b", 2))
+    result = run(FirstPixel(2), tasks, parent_columns("separate", "b", {"a": 2, "b": 2}))
     assert [score.task for score in result.tasks] == ["high"]
     assert result.score("low") is None
     assert result.joint is None
@@ -98,17 +99,17 @@ def test_a_parent_answers_only_its_own_tasks_when_labels_are_separate() -> None:
 
 def test_shared_labels_have_no_joint_accuracy() -> None:
     tasks = [task([0, 1], [0, 0], name="p"), task([1, 1], [1, 1], name="q")]
-    result = run(FirstPixel(2), tasks, merged_columns("shared", 2, 2))
+    result = run(FirstPixel(2), tasks, merged_columns("shared", {"a": 2, "b": 2}))
     assert result.average == 0.75
     assert result.joint is None
 
 
 def test_results_are_plain_values() -> None:
-    result = run(FirstPixel(2), [task([0, 1], [0, 0])], merged_columns("shared", 2, 2))
+    result = run(FirstPixel(2), [task([0, 1], [0, 0])], merged_columns("shared", {"a": 2, "b": 2}))
     assert json.loads(json.dumps(result.to_dict())) == {
         "tasks": {
             "t": {
-                "expert": "both",
+                "expert": None,
                 "count": 2,
                 "accuracy": 0.5,
                 "per_class": {"k": 0.5},
@@ -142,19 +143,56 @@ def test_non_finite_outputs_are_an_error() -> None:
     module = FirstPixel(2)
     nn.init.constant_(module.scale, float("nan"))
     with pytest.raises(RunError, match="task t: the network returned NaN or infinity"):
-        run(module, [task([0], [0])], merged_columns("shared", 2, 2))
+        run(module, [task([0], [0])], merged_columns("shared", {"a": 2, "b": 2}))
 
 
 def test_tasks_that_do_not_fit_the_heads_are_refused() -> None:
     with pytest.raises(
         UsageError, match=r"task t: label 4 \(after label_offset\) is beyond the head's 3 outputs"
     ):
-        check_tasks([task([0], [4])], merged_columns("shared", 3, 3))
-    with pytest.raises(
-        UsageError, match="expert is 'both', but with separate labels each task needs the head of one"
-    ):
-        check_tasks([task([0], [0])], merged_columns("separate", 3, 3))
-    check_tasks([task([0], [2], expert="b")], merged_columns("separate", 1, 3))
+        check_tasks([task([0], [4])], merged_columns("shared", {"a": 3, "b": 3}))
+    three = merged_columns("separate", {"day": 1, "night": 3, "dusk": 2})
+    with pytest.raises(UsageError) as caught:
+        check_tasks([task([0], [0])], three)
+    assert str(caught.value) == (
+        "task t: with separate labels each task needs the head of one parent: say `expert: day` or another of "
+        "day, night, dusk"
+    )
+    check_tasks([task([0], [2], expert="night")], three)
+    with pytest.raises(UsageError, match="task t: expert 'nigth' is no parent; did you mean 'night'"):
+        check_tasks([task([0], [0], expert="nigth")], three)
+    with pytest.raises(UsageError, match="expert 'x' is no parent; the parents are day, night, dusk"):
+        check_tasks([task([0], [0], expert="x")], three)
+    with pytest.raises(UsageError, match=r"label 2 \(after label_offset\) is beyond the head's 2 outputs"):
+        check_tasks([task([0], [2], expert="dusk")], three)
+
+
+@pytest.mark.parametrize("expert", [None, "a", "c"])
+def test_shared_labels_have_one_head_whoever_the_expert_is(expert: str | None) -> None:
+    columns = merged_columns("shared", {"a": 4, "b": 4, "c": 4})
+    assert head_of(task([0], [0], expert=expert), columns) == slice(0, 4)
+
+
+def test_three_heads_stand_in_the_order_of_the_parents() -> None:
+    outputs = {"a": 2, "b": 3, "c": 4}
+    columns = merged_columns("separate", outputs)
+    assert columns == {"a": slice(0, 2), "b": slice(2, 5), "c": slice(5, 9)}
+    assert parent_columns("separate", "c", outputs) == {"c": slice(0, 4)}
+    tasks = [
+        task([0, 1], [0, 1], expert="a", name="p"),
+        task([2, 4], [0, 1], expert="b", name="q"),
+        task([8, 0], [3, 0], expert="c", name="r"),
+    ]
+    result = run(FirstPixel(9), tasks, columns)
+    assert [score.accuracy for score in result.tasks] == [1.0, 0.5, 1.0]
+    assert result.joint == pytest.approx((2 + 1 + 1) / 6)
+
+
+def test_both_means_all_parents_as_in_older_recipes(tmp_path: Path) -> None:
+    np.savez(tmp_path / "set.npz", x_test=np.zeros((1, 2, 2), np.uint8), y_test=[0])
+    for expert in ("both", None):
+        spec = TaskSpec.model_validate({"name": "t", "expert": expert, "images": {"npz": "set.npz"}})
+        assert load_task(spec, tmp_path).expert is None
 
 
 def test_a_task_is_loaded_with_its_offset(tmp_path: Path) -> None:

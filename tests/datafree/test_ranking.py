@@ -9,8 +9,8 @@ import torch
 
 from datafree.diagnose import ParentScores, SourceDiagnosis
 from datafree.proxy.observe import NormDistance, Observation
-from datafree.proxy.spectra import Cover
 from datafree.ranking import Place, Scores, light, ranking
+from pleas.coverage import Cover
 
 
 def seen(spread: float, distance: float | None) -> Observation:

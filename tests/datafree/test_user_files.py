@@ -108,7 +108,7 @@ def test_a_file_of_any_name_is_executed_once(tmp_path: Path) -> None:
         ("class Odd(BaseException): pass\nraise ValueError('a\\nb')\n", "line 2: ValueError: a b"),
         (
             f"{NET}\nnet = net()\n",
-            "'net' in net.py is a model, not what builds one; both parents would share it. Name",
+            "'net' in net.py is a model, not what builds one; all parents would share it. Name",
         ),
         (NET.replace("return nn", "raise KeyError('k')\n    return nn"), "line 4: KeyError: 'k'"),
         (

@@ -64,7 +64,11 @@ def test_the_network_is_left_as_it_was(parent: MakeParent) -> None:
 
 def test_agreement_counts_equal_predictions() -> None:
     one = Observation("a", (), 0.0, 1.0, torch.tensor([0, 1, 2, 3]))
-    assert agreement(one, replace(one, predictions=torch.tensor([0, 1, 3, 2]))) == 0.5
+    two = replace(one, predictions=torch.tensor([0, 1, 3, 2]))
+    assert agreement([one, two]) == 0.5
+    three = replace(one, predictions=torch.tensor([0, 3, 2, 3]))
+    assert agreement([one, three]) == 0.75
+    assert agreement([one, two, three]) == 0.25, "all of them, not each with the first"
 
 
 def test_inverted_images_are_closer_than_noise(build: Build, parents: tuple[Parent, Parent]) -> None:
