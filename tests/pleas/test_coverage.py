@@ -44,6 +44,13 @@ def test_proxies_that_are_the_real_images_cover_them() -> None:
         assert layer.excess is None or layer.excess == pytest.approx(0, abs=1e-6)
 
 
+def test_images_give_one_problem_however_they_are_handed_over() -> None:
+    """A list says how many images there are, other collections do not: no reason to take other positions."""
+    evidence = evidence_of(32, 1, settings=pleas.MergeSettings())
+    found = cover(replace(evidence, inputs=dict(enumerate(evidence.inputs)).values()), evidence.inputs)
+    assert all(layer.cosine == pytest.approx(1) for layer in found)
+
+
 def test_faint_proxies_leave_real_energy_uncovered() -> None:
     covers = cover(evidence_of(32, 1, scale=0.1), _batches(32, 2))
     assert covers[0].coverage[2] > 10
