@@ -12,9 +12,16 @@ class DatafreeError(Exception):
 
 
 class UsageError(DatafreeError):
-    """The caller's mistake: another recipe, file or option would have worked."""
+    """The caller's mistake: another recipe, file or option would have worked.
+
+    key: of the recipe, inside the section that is being read, where the mistake is one key's
+    """
 
     exit_code: ClassVar[int] = 2
+
+    def __init__(self, message: str, *key: str | int) -> None:
+        super().__init__(message)
+        self.key = key
 
 
 class RunError(DatafreeError):

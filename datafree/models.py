@@ -118,7 +118,7 @@ def load_parent(
     try:
         return _load(spec, name, base, probe, progress)
     except UsageError as error:
-        raise UsageError(f"parent {name}: {error}") from error
+        raise UsageError(f"parent {name}: {error}", *error.key) from error
 
 
 def _load(spec: ParentSpec, name: str, base: Path, probe: bool, progress: Progress | None) -> Parent:

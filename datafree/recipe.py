@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-import math
 import os
 import re
 import types
@@ -107,8 +106,8 @@ def _points(
     if not values:
         raise ValueError("the list is empty: give at least one value")
     for value in values:
-        if high is None and not low <= value < math.inf:
-            raise ValueError(f"{value:g} is below {low:g} or no number; {meaning}")
+        if high is None and value < low:
+            raise ValueError(f"{value:g} is below {low:g}; {meaning}")
         if high is not None and not low <= value <= high:
             raise ValueError(f"{value:g} is outside [{low:g}, {high:g}]; {meaning}")
     if len(set(values)) < len(values):
@@ -221,6 +220,10 @@ class Recipe(Spec):
                     f"{name!r} is no name for a parent: use letters, digits, '.', '_' and '-', starting with a "
                     "letter or digit"
                 )
+        if BOTH in parents:
+            raise ValueError(
+                f"{BOTH!r} is no name for a parent: as the expert of a task it means all parents; give another"
+            )
         return parents
 
     @model_validator(mode="after")
@@ -234,10 +237,11 @@ class Recipe(Spec):
         return self
 
     def fingerprint(self) -> str:
-        """SHA-256 of every key that can change a number: all of them but `folder`, which only says where
-        files lie.
+        """SHA-256 of every key that can change a number, and of the parents' order: all of them but `folder`, which
+        only says where files lie.
         """
         content = self.model_dump(mode="json", exclude={"folder"})
+        content["parents"] = list(content["parents"].items())
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -270,7 +274,8 @@ class RecipeFile:
         try:
             yield
         except (UsageError, pleas.InputError) as error:
-            raise self.error(str(error), *key) from error
+            inner = error.key if isinstance(error, UsageError) else ()
+            raise self.error(str(error), *key, *inner) from error
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> RecipeFile:

@@ -51,7 +51,9 @@ def load_weights(
                 if known
                 else "the file itself is one state dict: remove it"
             )
-            raise UsageError(f"weights_key: {path} has no state dict under {key!r}{hint} ({listed})")
+            raise UsageError(
+                f"weights_key: {path} has no state dict under {key!r}{hint} ({listed})", "weights_key"
+            )
         return found[key], (f"{path.name}: the state dict under {key!r} was taken, as weights_key says",)
     if not found:
         raise UsageError(_nothing(content, path))

@@ -19,7 +19,7 @@ from pleas.layout import plain_layout
 from pleas.propagate import images_first, parents_at, rows_of, target_rows
 from pleas.sampler import PositionSampler
 from pleas.solve import Block, Equations, is_wide, prior_of
-from pleas.statistics import Batch, count_images, for_each, placed
+from pleas.statistics import Batch, for_each, placed
 
 LARGEST = 1536  # inputs of a layer above which it is left out: eigenvalues cost d^3
 _EXACT = 1e-9  # errors below this share of the targets' variance are rounding: the layer fits exactly
@@ -60,7 +60,7 @@ def layer_problems(evidence: Evidence) -> Mapping[str, Equations]:
             layer, prior_of(layer, [layer.matrix(state) for state in evidence.states], inputs, outputs)
         )
     owner = {node: layer for layer in layers for node in layer.nodes}
-    sampler = PositionSampler(parents.settings, count_images(evidence.inputs))
+    sampler = PositionSampler(parents.settings, None)  # the same share of every image, however many there are
     states: list[dict[str, Tensor]] | None = None
     index = 0
     with torch.no_grad():

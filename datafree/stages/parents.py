@@ -50,17 +50,18 @@ class LoadedParents:
         return merged_columns(labels, {parent.name: parent.outputs for parent in self.each})
 
     @property
-    def fingerprint(self) -> dict[str, Any]:
-        """Everything about the parents that statistics depend on."""
-        return {
-            parent.name: {
+    def fingerprint(self) -> list[dict[str, Any]]:
+        """Everything about the parents that statistics depend on, in their order: units stand side by side in it."""
+        return [
+            {
+                "name": parent.name,
                 "reference": parent.reference,
                 "arguments": dict(parent.arguments),
                 "state": parent.fingerprint,
                 "preprocess": parent.preprocess.to_dict(),
             }
             for parent in self.each
-        }
+        ]
 
 
 def load_parents(work: Work, *, probe: bool = False) -> LoadedParents:

@@ -121,7 +121,9 @@ def test_experts_know_their_own_domain_and_not_the_other(tmp_path: Path) -> None
     ]
     for own, name in enumerate(("upright", "rotated")):
         expert = parent(name, tmp_path)
-        scores = evaluate(expert.module, tasks, expert.preprocess, parent_columns("shared", "a", {"a": 10, "b": 10})).tasks
+        scores = evaluate(
+            expert.module, tasks, expert.preprocess, parent_columns("shared", "a", {"a": 10, "b": 10})
+        ).tasks
         assert scores[own].accuracy > 0.95
         assert scores[1 - own].accuracy < 0.6
 

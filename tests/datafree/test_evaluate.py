@@ -59,7 +59,9 @@ def run(module: nn.Module, tasks: list[Task], columns: Any, **keys: Any) -> Eval
 
 def test_accuracy_and_worst_class_are_counted() -> None:
     given = task([0, 0, 1, 1, 1, 2], [0, 0, 1, 2, 2, 2], first=3)
-    score = run(FirstPixel(3), [given], parent_columns("shared", "a", {"a": 3, "b": 3}), batch_size=4).tasks[0]
+    score = run(FirstPixel(3), [given], parent_columns("shared", "a", {"a": 3, "b": 3}), batch_size=4).tasks[
+        0
+    ]
     assert score.count == 6
     assert score.accuracy == pytest.approx(4 / 6)
     assert score.per_class == pytest.approx({"n": 1.0, "o": 1.0, "p": 1 / 3})

@@ -59,8 +59,9 @@ def test_a_good_recipe_and_its_defaults() -> None:
         (("count: 8", "count: .nan"), "r.yaml:6:3: proxy.count: must be a whole number"),
         (("[1.0, 1.25]", "1.25"), "r.yaml:9:9: merge.budgets: must be a list, not 1.25"),
         (("[1.0, 1.25]", "[1.0, yes]"), "r.yaml:9:24: merge.budgets.1: must be a number, not 'yes'"),
-        (("[1.0, 1.25]", "[0.9]"), "r.yaml:9:9: merge.budgets: 0.9 is outside [1, 2]; a budget is multiply-adds relative to one parent: 1 is one parent, 2 both side by side"),
-        (("[1.0, 1.25]", "[1.0, 2.5]"), "r.yaml:9:9: merge.budgets: 2.5 is outside [1, 2]; a budget is multiply-adds relative to one parent: 1 is one parent, 2 both side by side"),
+        (("[1.0, 1.25]", "[0.9]"), "r.yaml:9:9: merge.budgets: 0.9 is below 1; a budget is multiply-adds relative to one parent: 1 is one parent, 2 two of them side by side"),
+        (("[1.0, 1.25]", "[1.0, 2.5]"), "r.yaml:9:24: merge.budgets.1: 2.5 is more than all 2 parents side by side cost: at most 2"),
+        (("[1.0, 1.25]", "[.inf]"), "r.yaml:9:19: merge.budgets.0: must be a finite number, not inf"),
         (("[1.0, 1.25]", "[]"), "r.yaml:9:9: merge.budgets: the list is empty: give at least one value"),
         (("[1.0, 1.25]", "[1.0, 1]"), "r.yaml:9:9: merge.budgets: a value appears twice in [1.0, 1.0]: keep each once"),
         (("budgets: [1.0, 1.25]", "apart: [1.5]"), "r.yaml:9:9: merge.apart: 1.5 is outside [0, 1]; it is the fraction of units kept apart: 0 fuses all, 1 fuses none"),
@@ -69,7 +70,12 @@ def test_a_good_recipe_and_its_defaults() -> None:
         (("{budgets: [1.0, 1.25]}", "{budgets: [1.0], ridge: 0}"), "r.yaml:9:25: merge.ridge: must be greater than 0, not 0"),
         (("{kind: noise}", "{kind: nosie}"), "r.yaml:8:8: proxy.sources.0.kind: must be 'images'"),
         (("{kind: noise}", "{share: 1}"), "r.yaml:8:7: proxy.sources.0: the key 'kind' is required"),
-        (("  a: {model", "  c: {model"), "r.yaml:2:1: parents.a: this key is required\nr.yaml:3:3: parents.c: unknown key; the keys here are a, b"),
+        (("  b: {model: \"torchvision:resnet18\", random_weights: true}\n", ""), "r.yaml:2:1: parents: 1 parent: a merge takes 2 to 16 networks of one architecture, as `parents: {first: {model: ...}, second: {model: ...}}`"),
+        (("  b: {model", "  b c: {model"), "r.yaml:2:1: parents: 'b c' is no name for a parent: use letters, digits, '.', '_' and '-', starting with a letter or digit"),
+        (("  b: {model", "  both: {model"), "r.yaml:2:1: parents: 'both' is no name for a parent: as the expert of a task it means all parents; give another"),
+        (("  b: {model", "  night: {modle"), "r.yaml:4:11: parents.night.modle: unknown key; did you mean 'model'?"),
+        (("  b: {model", "  a: {model"), "r.yaml:4:3: the key 'a' is already set on line 3; keep one"),
+        (("{name: one, ", "{name: one, expert: c, "), "r.yaml:11:17: evaluate.0.expert: 'c' is none of the parents; they are a, b"),
         (("merge: {", "labels: shred\nmerge: {"), "r.yaml:9:1: labels: must be 'shared' or 'separate', not 'shred'; did you mean 'shared'?"),
         (("name: tiny", "name: a b"), "r.yaml:1:1: name: 'a b' also names the output folder: use letters, digits, '.', '_' and '-', starting with a letter or digit"),
         (("    - {kind: noise}\n", ""), "r.yaml:7:3: proxy.sources: must be a list, not nothing"),
@@ -79,6 +85,45 @@ def test_a_good_recipe_and_its_defaults() -> None:
 )  # fmt: skip
 def test_mistakes_are_located_and_explained(change: tuple[str, str], message: str) -> None:
     assert _refused(_with(*change)).startswith(message)
+
+
+MODEL = "{model: 'torchvision:resnet18', random_weights: true}"
+
+
+def test_three_parents_by_names_of_their_own() -> None:
+    text = _with("  a: {", f"  day: {MODEL}\n  night.v2: {{").replace("  b: {", "  dusk_3: {")
+    recipe = parse_recipe(text, "r.yaml", ["merge.budgets=[1, 3]", "evaluate.0.expert=dusk_3"]).recipe
+    assert list(recipe.parents) == ["day", "night.v2", "dusk_3"], "in the order of the file"
+    assert _refused(text, "merge.budgets=[1, 3.5, 2, 4]").splitlines() == [
+        "--set merge.budgets=[1, 3.5, 2, 4]: merge.budgets.1: 3.5 is more than all 3 parents side by side cost: at most 3",
+        "--set merge.budgets=[1, 3.5, 2, 4]: merge.budgets.3: 4 is more than all 3 parents side by side cost: at most 3",
+    ]
+    assert _refused(text, "evaluate.0.expert=dusk").endswith(
+        "evaluate.0.expert: 'dusk' is none of the parents; did you mean 'dusk_3'?"
+    )
+    assert parse_recipe(text, "r.yaml", ["evaluate.0.expert=both"]).recipe.evaluate[0].expert == "both"
+
+
+def test_a_merge_takes_no_more_parents_than_a_mask_has_bits() -> None:
+    def of(count: int) -> str:
+        return _with("  a: {", "".join(f"  p{i}: {MODEL}\n" for i in range(count - 2)) + "  a: {")
+
+    assert len(parse_recipe(of(16), "r.yaml").recipe.parents) == 16
+    assert _refused(of(17)).startswith("r.yaml:2:1: parents: 17 parents: a merge takes 2 to 16 networks")
+
+
+def test_a_parent_can_be_added_on_the_command_line() -> None:
+    recipe = parse_recipe(GOOD, "r.yaml", [f"parents.third={MODEL}"]).recipe
+    assert list(recipe.parents) == ["a", "b", "third"]
+
+
+def test_the_order_of_the_parents_is_part_of_the_meaning() -> None:
+    """The first is the one that the others are matched to, and with separate labels the order is that of the heads."""
+    lines = GOOD.splitlines()
+    lines[2], lines[3] = lines[3], lines[2]
+    turned = parse_recipe("\n".join(lines), "r.yaml").recipe
+    assert list(turned.parents) == ["b", "a"]
+    assert turned.fingerprint() != parse_recipe(GOOD, "r.yaml").recipe.fingerprint()
 
 
 def test_every_mistake_is_listed_in_the_order_of_the_file() -> None:
@@ -93,7 +138,9 @@ def test_an_override_is_the_place_of_its_own_mistakes() -> None:
         == "--set proxy.coutn=3: proxy.coutn: unknown key; did you mean 'count'?"
     )
     message = _refused(GOOD, "merge.budgets.1=7")
-    assert message.startswith("r.yaml:9:9: merge.budgets: 7 is outside [1, 2]")
+    assert message == (
+        "--set merge.budgets.1=7: merge.budgets.1: 7 is more than all 2 parents side by side cost: at most 2"
+    )
 
 
 def test_overrides_change_values_and_sections() -> None:
@@ -137,6 +184,12 @@ def test_errors_raised_inside_a_section_get_its_place() -> None:
     with pytest.raises(UsageError) as caught, loaded.at("parents", "b"):
         raise UsageError("no such file")
     assert str(caught.value) == "r.yaml:4:3: parents.b: no such file"
+    with pytest.raises(UsageError) as caught, loaded.at("parents", "b"):
+        raise UsageError("no such model", "model")
+    assert str(caught.value) == "r.yaml:4:7: parents.b.model: no such model"
+    with pytest.raises(UsageError) as caught, loaded.at("parents", "b"):
+        raise UsageError("no such key", "weights_key")
+    assert str(caught.value) == "r.yaml:4:3: parents.b.weights_key: no such key", "the section around it"
     with pytest.raises(ZeroDivisionError), loaded.at("parents", "b"):
         raise ZeroDivisionError
 

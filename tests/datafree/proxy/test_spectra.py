@@ -1,59 +1,74 @@
+"""Ranks of what proxies excite, and how far two matchings agree, against counts done by hand."""
+
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
-import scipy.linalg
 import torch
 
 import pleas
 from datafree.models import Parent
-from datafree.proxy.spectra import Frame, Rank, ranks, shared_assignments
-from pleas.layers import find_layers
+from datafree.proxy.spectra import Rank, ranks, shared_assignments
 from pleas.moments import Moments
 from pleas.symmetry import UnitPermutation, identity
-
-MakeParent = Callable[..., Parent]
-SETTINGS = pleas.MergeSettings()
+from tests.datafree.proxy.conftest import make_parent
 
 
 @pytest.fixture(scope="module")
-def traced(parents: tuple[Parent, Parent]) -> pleas.Symmetry:
-    return pleas.trace(parents[0].module, torch.zeros(2, 3, 16, 16))
+def three() -> tuple[Parent, ...]:
+    return make_parent("a", 1), make_parent("b", 2), make_parent("c", 3)
 
 
-def collected(
-    symmetry: pleas.Symmetry, parents: tuple[Parent, Parent], count: int, seed: int, high: int = 256
-) -> pleas.Statistics:
-    generator = torch.Generator().manual_seed(seed)
-    images = torch.randint(0, high, (count, 3, 16, 16), generator=generator).byte()
-    a, b = parents
-    return pleas.collect(symmetry, a.module, b.module, [a.preprocess(images)], SETTINGS, images=count)
+@pytest.fixture(scope="module")
+def networks(three: tuple[Parent, ...]) -> pleas.Parents:
+    return pleas.Parents.of([parent.module for parent in three], torch.zeros(2, 3, 16, 16))
+
+
+@pytest.fixture(scope="module")
+def traced(networks: pleas.Parents) -> pleas.Symmetry:
+    return networks.symmetry
+
+
+def collected(networks: pleas.Parents, three: tuple[Parent, ...], count: int) -> pleas.Statistics:
+    pixels = torch.randint(0, 256, (count, 3, 16, 16), generator=torch.Generator().manual_seed(0)).byte()
+    return pleas.collect(networks, [three[0].preprocess(pixels)], images=count)
 
 
 def test_the_effective_rank_counts_equal_directions(
-    traced: pleas.Symmetry, parents: tuple[Parent, Parent]
+    networks: pleas.Parents, three: tuple[Parent, ...]
 ) -> None:
     """k equal eigenvalues and zeros elsewhere are k effective directions, the others dead."""
-    statistics = collected(traced, parents, 8, 0)
-    layer = find_layers(traced.program)[-1]  # the linear head: 8 inputs
-    rows = torch.zeros(1, 6, 16, dtype=torch.float64)
+    statistics = collected(networks, three, 8)
+    layer = networks.layers[-1]  # the linear head: 8 inputs of each parent
+    rows = torch.zeros(1, 6, 24, dtype=torch.float64)
     for k in range(3):
-        rows[0, 2 * k, k], rows[0, 2 * k + 1, k] = 1.0, -1.0
+        rows[0, 2 * k, 8 + k], rows[0, 2 * k + 1, 8 + k] = 1.0, -1.0  # of the second parent
     moments = Moments.starting_at(rows)
     moments.add(rows)
-    changed = pleas.Statistics({**statistics.joint, layer.name: moments}, statistics.units, images=8)
-    rank_a, rank_b = ranks(traced, changed)
-    assert rank_a[-1] == Rank(layer.name, 8, pytest.approx(3.0), 5)  # type: ignore[arg-type]
-    assert rank_b[-1].dead == 8
+    changed = pleas.Statistics({**statistics.units, (layer.weight, 1): moments}, images=8)
+    a, b, c = ranks(networks, changed)
+    assert b[-1] == Rank(layer.name, 8, pytest.approx(3.0), 5)  # type: ignore[arg-type]
+    assert a[-1].dead == c[-1].dead == 8
 
 
-def test_every_layer_has_a_rank_within_its_bounds(
-    traced: pleas.Symmetry, parents: tuple[Parent, Parent]
-) -> None:
-    for found in ranks(traced, collected(traced, parents, 32, 0)):
-        assert [rank.size for rank in found] == [27, 54, 8]
-        assert all(1 <= rank.effective <= rank.size for rank in found)
+def test_every_layer_has_a_rank_within_its_bounds(networks: pleas.Parents, three: tuple[Parent, ...]) -> None:
+    found = ranks(networks, collected(networks, three, 32))
+    assert len(found) == 3
+    for of_parent in found:
+        assert [(rank.layer, rank.size) for rank in of_parent] == [("0", 3), ("3", 6), ("8", 8)]
+        assert all(1 <= rank.effective <= rank.size for rank in of_parent)
+
+
+def test_every_parent_is_ranked_by_its_own_units(networks: pleas.Parents, three: tuple[Parent, ...]) -> None:
+    """As the parents alone would be, one at a time, in float64."""
+    pixels = torch.randint(0, 256, (32, 3, 16, 16), generator=torch.Generator().manual_seed(0)).byte()
+    found = ranks(networks, collected(networks, three, 32))
+    for parent, of_parent in zip(three, found, strict=True):
+        with torch.no_grad():
+            pooled = parent.module[:8](parent.preprocess(pixels)).double()  # type: ignore[index]
+        centred = pooled - pooled.mean(0)
+        values = torch.linalg.eigvalsh(centred.T @ centred)
+        shares = values / values.sum()
+        assert of_parent[-1].effective == pytest.approx(float((-(shares * shares.log()).sum()).exp()))
 
 
 def test_shared_assignments_count_units(traced: pleas.Symmetry) -> None:
@@ -78,58 +93,3 @@ def test_units_inside_count_only_where_their_unit_is_matched_alike(traced: pleas
         4 / 6
     )
     assert shared_assignments(nothing, (one,), (heads([1, 0], [[0, 1, 2], [0, 1, 2]]),)) == 0.0
-
-
-def frame_of(
-    traced: pleas.Symmetry, parents: tuple[Parent, Parent], statistics: pleas.Statistics
-) -> tuple[Frame, tuple[UnitPermutation, ...]]:
-    a, b = (parent.module for parent in parents)
-    matching = pleas.match(traced, statistics, a, b, SETTINGS)
-    return Frame(traced, statistics, matching, a, b, SETTINGS), matching
-
-
-def test_proxies_that_are_the_real_images_cover_them(
-    traced: pleas.Symmetry, parents: tuple[Parent, Parent]
-) -> None:
-    statistics = collected(traced, parents, 64, 0)
-    frame, _ = frame_of(traced, parents, statistics)
-    for layer in frame.cover(statistics, statistics):
-        assert layer.cosine == pytest.approx(1)
-        assert all(value <= 1 for value in layer.coverage)  # the ridge holds every ratio under one
-        assert layer.coverage[0] <= layer.coverage[1] <= layer.coverage[2]
-        assert layer.excess == pytest.approx(0, abs=1e-9)
-
-
-def test_faint_proxies_leave_real_energy_uncovered(
-    traced: pleas.Symmetry, parents: tuple[Parent, Parent]
-) -> None:
-    real, proxies = collected(traced, parents, 64, 0), collected(traced, parents, 64, 1, high=8)
-    frame, _ = frame_of(traced, parents, proxies)
-    covers = frame.cover(proxies, real)
-    assert covers[0].coverage[2] > 10
-    assert all(layer.excess is not None and layer.excess >= -1e-6 for layer in covers)
-    assert covers[0].cosine < 1
-
-
-def test_too_few_real_rows_are_not_compared_with(
-    traced: pleas.Symmetry, parents: tuple[Parent, Parent]
-) -> None:
-    real, proxies = collected(traced, parents, 8, 0), collected(traced, parents, 64, 1)
-    frame, _ = frame_of(traced, parents, proxies)
-    covers = {layer.layer: layer.excess for layer in frame.cover(proxies, real)}
-    sizes = {layer.name: layer.d_in for layer in find_layers(traced.program)}
-    for name, excess in covers.items():
-        assert (excess is None) == (real.joint[name].count < 2 * sizes[name])
-    assert None in covers.values()
-
-
-def test_coverage_is_the_generalised_eigenvalue_problem(
-    traced: pleas.Symmetry, parents: tuple[Parent, Parent]
-) -> None:
-    real, proxies = collected(traced, parents, 64, 0), collected(traced, parents, 64, 1)
-    frame, _ = frame_of(traced, parents, proxies)
-    layer = find_layers(traced.program)[0]
-    posed = [frame._pose(layer, one) for one in (proxies, real)]
-    ridge = SETTINGS.ridge * posed[0].gram.diagonal().mean() * torch.eye(len(posed[0].gram))
-    values = scipy.linalg.eigh(posed[1].gram.numpy(), (posed[0].gram + ridge).numpy(), eigvals_only=True)
-    assert frame.cover(proxies, real)[0].coverage[2] == pytest.approx(values[-1])
