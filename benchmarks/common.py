@@ -97,6 +97,12 @@ class Pair:
         """The proxies as every parent takes them, batch by batch, as often as asked; never all in memory."""
         return proxy_inputs(self.work, self.parents, proxies)
 
+    def gather(self, settings: pleas.MergeSettings, proxies: ProxySet) -> pleas.Evidence:
+        """Second moments of all units on the proxies, and the matching they give."""
+        networks, inputs = self.networks(settings), self.inputs(proxies)
+        statistics = pleas.collect(networks, inputs, images=inputs.count)
+        return pleas.gather(networks, inputs, statistics=statistics)
+
     def averages(self, evidence: pleas.Evidence) -> dict[str, pleas.MergeResult]:
         """`plain average` and `permutation only` at 1.0x, batch norms re-estimated on the evidence's images."""
         assert isinstance(evidence.inputs, Inputs)
