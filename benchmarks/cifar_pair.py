@@ -85,9 +85,8 @@ def reference_rows(pair: Pair) -> list[Row]:
 def merged_rows(pair: Pair, source: str, seed: int, apart: Sequence[float]) -> list[Row]:
     """Averages and our merges from one source and seed, from one pass of statistics."""
     images = proxies(pair, source, seed)
-    networks = pair.networks(pair.settings(seed))
     started = time.perf_counter()
-    evidence = pleas.gather(networks, pair.inputs(images))
+    evidence = pair.gather(pair.settings(seed), images)
     gathering = time.perf_counter() - started
     known: Row = {"source": source, "count": len(images), "seed": seed}
     rows = [

@@ -22,7 +22,7 @@ from datafree.errors import UsageError
 from datafree.evaluate import Columns, Evaluation, Task, evaluate, parent_columns
 from datafree.models import Parent
 from datafree.proxy import ProxySet, ProxySpec, build_proxies
-from datafree.recipe import load_recipe
+from datafree.recipe import RecipeFile, load_recipe
 from datafree.stages import (
     AllParents,
     Inputs,
@@ -97,6 +97,12 @@ class Pair:
         """The proxies as every parent takes them, batch by batch, as often as asked; never all in memory."""
         return proxy_inputs(self.work, self.parents, proxies)
 
+    def gather(self, settings: pleas.MergeSettings, proxies: ProxySet) -> pleas.Evidence:
+        """Second moments of all units on the proxies, and the matching they give."""
+        networks, inputs = self.networks(settings), self.inputs(proxies)
+        statistics = pleas.collect(networks, inputs, images=inputs.count)
+        return pleas.gather(networks, inputs, statistics=statistics)
+
     def averages(self, evidence: pleas.Evidence) -> dict[str, pleas.MergeResult]:
         """`plain average` and `permutation only` at 1.0x, batch norms re-estimated on the evidence's images."""
         assert isinstance(evidence.inputs, Inputs)
@@ -122,11 +128,15 @@ def load_pair(name: str, device: str, changes: Sequence[str] = ()) -> Pair:
     Raises click.UsageError for a recipe, a change or a device that cannot be used.
     """
     try:
-        work = begin(load_recipe(PROJECT / "recipes" / f"{name}.yaml", changes), device)
-        parents = load_parents(work)
-        return Pair(work, parents, load_tasks(work, parents).tasks)
+        return pair_of(load_recipe(PROJECT / "recipes" / f"{name}.yaml", changes), device)
     except UsageError as error:
         raise click.UsageError(str(error)) from error
+
+
+def pair_of(recipe: RecipeFile, device: str) -> Pair:
+    work = begin(recipe, device)
+    parents = load_parents(work)
+    return Pair(work, parents, load_tasks(work, parents).tasks)
 
 
 def proxies(pair: Pair, source: str, seed: int) -> ProxySet:

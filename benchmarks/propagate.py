@@ -87,9 +87,8 @@ def main(
         for group in groups.split(","):
             rows += measured(book, PAIRS[group], images, count, budgets, seeds, changes, device)
     except (DatafreeError, PleasError) as error:
-        failure = click.ClickException(str(error))
-        failure.exit_code = 2 if isinstance(error, UsageError | pleas.InputError) else 1
-        raise failure from error
+        mistake = isinstance(error, UsageError | pleas.InputError)
+        raise (click.UsageError if mistake else click.ClickException)(str(error)) from error
     write(name, rows, table(rows), "benchmarks.propagate")
 
 

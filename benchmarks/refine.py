@@ -80,8 +80,7 @@ class Case:
 
     @cached_property
     def evidence(self) -> pleas.Evidence:
-        networks = self.pair.networks(self.pair.settings(self.seed))
-        return pleas.gather(networks, self.pair.inputs(self.proxies))
+        return self.pair.gather(self.pair.settings(self.seed), self.proxies)
 
     @property
     def teachers(self) -> list[Teacher]:
