@@ -92,6 +92,7 @@ class Parent:
     outputs:     how many numbers it returns per image
     weights:     the checkpoint file, or None when weights came otherwise (`notes` says how)
     notes:       one sentence for everything that was done to load it
+    pretrained:  whether the weights are those published with the reference
     fingerprint: SHA-256 of the state dict
     """
 
@@ -105,6 +106,7 @@ class Parent:
     weights: Path | None
     fingerprint: str
     notes: tuple[str, ...] = field(default=())
+    pretrained: bool = False
 
 
 def load_parent(
@@ -153,6 +155,7 @@ def _load(spec: ParentSpec, name: str, base: Path, probe: bool, progress: Progre
         weights=path,
         fingerprint=content_hash(state),
         notes=blueprint.notes + notes,
+        pretrained=spec.pretrained,
     )
 
 

@@ -227,6 +227,7 @@ def _describe(parents: LoadedParents) -> dict[str, Any]:
             "reference": parent.reference,
             "arguments": dict(parent.arguments),
             "weights": None if parent.weights is None else parent.weights.name,
+            "pretrained": parent.pretrained,
             "fingerprint": parent.fingerprint,
             "preprocess": parent.preprocess.to_dict(),
         }
@@ -291,6 +292,8 @@ def _description(recipe: RecipeFile, parents: LoadedParents, one: Merged) -> Des
         arguments=parents.first.arguments,
         input=parents.input,
         recipe=spec.fingerprint(),
+        license=spec.license,
+        base_models=spec.base_models,
         details={
             "labels": spec.labels,
             "point": {"kind": one.point.kind, "value": one.point.value},

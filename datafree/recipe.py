@@ -183,6 +183,7 @@ class Recipe(Spec):
     parents: two or more of one architecture, by names of your choice
     labels: "shared" (all parents predict the same classes: one head) or "separate" (one head per parent)
     folder: where relative paths start; the recipe's own folder when absent
+    license, base_models: for the model cards, as the Hugging Face Hub names them: apache-2.0, [me/a, me/b]
     """
 
     name: str
@@ -195,6 +196,8 @@ class Recipe(Spec):
     refine: RefineSpec | None = None
     evaluate: tuple[TaskSpec, ...] = ()
     oracle: OracleSpec | None = None
+    license: str | None = Field(default=None, min_length=1, max_length=100)
+    base_models: tuple[Annotated[str, Field(min_length=1, max_length=200)], ...] = ()
 
     @field_validator("name")
     @classmethod
@@ -238,9 +241,9 @@ class Recipe(Spec):
 
     def fingerprint(self) -> str:
         """SHA-256 of every key that can change a number, and of the parents' order: all of them but `folder`, which
-        only says where files lie.
+        only says where files lie, and what only a model card reads.
         """
-        content = self.model_dump(mode="json", exclude={"folder"})
+        content = self.model_dump(mode="json", exclude={"folder", "license", "base_models"})
         content["parents"] = list(content["parents"].items())
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

@@ -156,7 +156,7 @@ def test_overrides_change_values_and_sections() -> None:
 def test_the_fingerprint_is_the_meaning() -> None:
     base = parse_recipe(GOOD, "r.yaml").recipe.fingerprint()
     spelt_out = parse_recipe(
-        GOOD + "seed: 0\nlabels: shared\n# a comment\nfolder: /elsewhere\n", "other.yaml"
+        GOOD + "seed: 0\nlabels: shared\n# a comment\nfolder: /elsewhere\nlicense: mit\n", "other.yaml"
     ).recipe
     assert spelt_out.fingerprint() == base
     for override in ("seed=1", "merge.ridge=0.002", "proxy.sources.0.share=1.0", "evaluate=[]"):
