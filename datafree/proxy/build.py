@@ -141,6 +141,12 @@ class ProxySet:
         order = self.order[self.order[:, 0] == number]
         return ProxySet(self.size, self.channels, order, self.shards, self.manifest)
 
+    @property
+    def source_names(self) -> list[str]:
+        """The source of every image, in order: its number and kind."""
+        names = [f"{number + 1} {report.kind}" for number, report in enumerate(self.manifest)]
+        return [names[number] for number in self.order[:, 0].tolist()]
+
     def hashes(self) -> list[str]:
         """Content hashes that give a proxy image away: as cached, and as it was before resizing."""
         listed = [content_hash(image.numpy()) for batch in self.batches(SHARD) for image in batch]

@@ -143,7 +143,7 @@ def _refine_one(
     }
 
     def make() -> Stage:
-        found = _run(work, parents, evidence, images, one, spec, settings, curve, meaning)
+        found = _run(work, parents, evidence, proxies, images, one, spec, settings, curve, meaning)
         modules = {"": found.module} | {f"{i}/": taken.module for i, taken in enumerate(found.snapshots)}
         tensors = {
             prefix + name: tensor
@@ -175,6 +175,7 @@ def _run(
     work: Work,
     parents: LoadedParents,
     evidence: pleas.Evidence,
+    proxies: ProxySet,
     images: Tensor,
     one: Merged,
     spec: RefineSpec,
@@ -199,6 +200,7 @@ def _run(
         augment=AUGMENT[spec.augment],
         renew=renew,
         features=features,
+        groups=proxies.source_names,
         snapshots=curve,
         device=work.device,
         state=None if kept is None else _joined(kept.value, kept.tensors),
@@ -209,9 +211,6 @@ def _run(
 
 def _told(found: RefineResult) -> dict[str, Any]:
     """What the report says of a refined network; `history` is the curve of loss against time."""
-    verdict = (
-        [] if found.kept == "refined" else ["refining did not help on held-out proxies: least squares kept"]
-    )
     return {
         "kept": found.kept,
         "steps": found.steps,
@@ -221,7 +220,7 @@ def _told(found: RefineResult) -> dict[str, Any]:
         "refined": asdict(found.refined),
         "history": [asdict(check) for check in found.history],
         "snapshots": [{"step": taken.step, "seconds": taken.seconds} for taken in found.snapshots],
-        "notes": [*found.notes, *verdict],
+        "notes": list(found.notes),
     }
 
 

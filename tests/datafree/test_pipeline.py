@@ -198,10 +198,11 @@ def test_parents_that_normalise_differently_see_the_same_pixels(own_tiny: Tiny, 
     recipe = own_tiny.load("parents.b.preprocess.mean=[0.6]", "parents.b.preprocess.std=[0.2]")
     parents = load_parents(begin(recipe))
     images = torch.randint(0, 256, (6, 1, 8, 8), dtype=torch.uint8)
-    xa, xb = parents.a.preprocess(images), parents.b.preprocess(images)
+    a, b = parents.each
+    xa, xb = a.preprocess(images), b.preprocess(images)
     torch.testing.assert_close(parents.input(images), (xa + xb) / 2)
     with torch.no_grad():
-        expected = (parents.a.module(xa) + parents.b.module(xb)) / 2
+        expected = (a.module(xa) + b.module(xb)) / 2
         torch.testing.assert_close(AllParents(parents, "shared").eval()(parents.input(images)), expected)
     out = run(recipe, tmp_path / "out")
     assert any("normalise differently" in note for note in out.results.notes)

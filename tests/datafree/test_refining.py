@@ -52,8 +52,10 @@ def test_accuracy_against_refine_time_is_in_the_report(tiny: Tiny, tmp_path: Pat
         curve, history = told["curve"], told["history"]
         assert [look["seconds"] for look in curve] == [check["seconds"] for check in history]
         assert curve[0]["average"] == rows[f"merged, {label}"].evaluation.average
-        best = [check["evidence"] for check in history].index(told["refined"])
-        assert curve[best]["average"] == rows[f"refined, {label}"].evaluation.average
+        checked = [check["evidence"] for check in history]
+        if told["refined"] in checked:  # a network on the line between two checks is not on the curve
+            best = checked.index(told["refined"])
+            assert curve[best]["average"] == rows[f"refined, {label}"].evaluation.average
     run(tiny.load(*REFINE, "refine.curve=0"), tmp_path / "without")
     plain = json.loads((tmp_path / "without" / "run.json").read_text())["refine"]
     assert all(told["curve"] == [] for told in plain.values())

@@ -109,6 +109,7 @@ def test_large_grouped_and_unequal_layers_are_left_out(monkeypatch: pytest.Monke
 
 def test_heads_of_unequal_size_have_no_common_problem() -> None:
     small = CASES["residual"].model(0)
+    assert isinstance(small, torch.nn.Sequential)
     large = CASES["residual"].model(1)
     head = small[-1]
     assert isinstance(head, torch.nn.Sequential)
