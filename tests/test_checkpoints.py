@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import pleas
-from benchmarks.common import PROJECT, Inputs, load_pair, proxies
+from benchmarks.common import PROJECT, load_pair, proxies
 from datafree.store import CACHE_VARIABLE
 from pleas.symmetry import permute_state, random, state_of
 
@@ -25,15 +25,15 @@ def test_a_published_resnet_merged_with_its_permuted_copy_comes_back(
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
     monkeypatch.setenv("DATAFREE_DATA", str(DATA.parent.parent))
     pair = load_pair("cifar_resnet20", "cpu")
-    a, settings = pair.a.module, pleas.MergeSettings(ridge=1e-6)
-    own = pleas.trace(a, pair.example(), rewrites=())  # what the module's own tensors can express
+    a, settings = pair.parents.first.module, pleas.MergeSettings(ridge=1e-6)
+    own = pleas.trace(a, pair.parents.example, rewrites=())  # what the module's own tensors can express
     state = permute_state(own, state_of(own.program, a), random(own, torch.Generator().manual_seed(1)))
     b = copy.deepcopy(a)
     b.load_state_dict({key: state.get(key, value) for key, value in b.state_dict().items()})
-    images = Inputs(proxies(pair, "thumbnails", 0), pair)
-    evidence = pleas.gather(pleas.Parents.of([a, b], pair.example(), settings), images)
+    images = pair.inputs(proxies(pair, "thumbnails", 0))
+    evidence = pleas.gather(pair.networks(settings, [a, b]), images)
     merged = pleas.assemble(evidence, pleas.make_plan(evidence, apart=apart)).module
-    x = next(iter(images))
+    x = next(iter(images))[0]
     with torch.no_grad():
         expected, found = a(x), merged(x)
     assert float((found - expected).abs().max() / expected.abs().max()) < 1e-3
