@@ -32,7 +32,8 @@ class Statistics:
 
     units:  (weight, 1) -> moments of the layer's input units, (weight, 0) -> of its outputs, batch norm included,
             (running mean, 0) -> of the input units of a batch norm that stands alone; (1, parents * units) each. Of
-            inputs that are too many (`is_wide`) nothing is kept: they are the outputs of another layer
+            inputs that are too many (`is_wide`) nothing is kept: they are the outputs of another layer; nor of the
+            outputs of heads of unequal size
     images: how many images were seen
     """
 
@@ -177,6 +178,8 @@ def _readings(parents: Parents) -> tuple[dict[str, list[_Reading]], dict[str, li
                 over = crossed_dims(symmetry, source, channels)
                 reading = _Reading((layer.weight, 1), name, channels, over, batch_dim(source))
                 before.setdefault(name, []).append(reading)
+            if len({state[layer.weight].shape[0] for state in parents.states}) > 1:
+                continue  # heads of unequal size: outputs that are not the same things, which nobody matches
             over = crossed_dims(symmetry, nodes[name], channels)
             reading = _Reading((layer.weight, 0), end.name, channels, over, batch_dim(nodes[name]))
             after.setdefault(end.name, []).append(reading)

@@ -228,8 +228,8 @@ def test_an_existing_folder_stops_before_any_work(
 def test_two_architectures_name_the_tensors_that_differ(own_tiny: Tiny, tmp_path: Path) -> None:
     own_tiny.write_parent("b", 3, width=8)
     message = _refused(lambda: run(own_tiny.load("parents.b.arguments.width=8"), tmp_path / "out"))
-    assert message.startswith(f"{own_tiny.recipe}:2:1: parents: the parents are not one architecture")
-    assert "stem.weight: (6, 1, 3, 3) in A, (8, 1, 3, 3) in B" in message
+    assert message.startswith(f"{own_tiny.recipe}:2:1: parents: parents a and b are not one architecture")
+    assert "stem.weight: (6, 1, 3, 3) in a, (8, 1, 3, 3) in b" in message
 
 
 def test_shared_labels_need_the_same_outputs(own_tiny: Tiny, tmp_path: Path) -> None:
@@ -239,7 +239,7 @@ def test_shared_labels_need_the_same_outputs(own_tiny: Tiny, tmp_path: Path) -> 
     )  # fmt: skip
     assert message == (
         f"{own_tiny.recipe}:1:1: labels: shared labels mean that output i is the same class "
-        "in both parents, but output 8 is 'j' in a and 'i' in b: say `labels: separate`, or correct `classes`"
+        "in all parents, but output 8 is 'j' in a and 'i' in b: say `labels: separate`, or correct `classes`"
     )
 
 
@@ -248,7 +248,7 @@ def test_too_few_images_are_found_before_the_proxies_are_made(
 ) -> None:
     message = _refused(lambda: run(tiny.load("proxy.count=1", "merge.positions=1"), tmp_path / "out"))
     assert message.startswith("--set proxy.count=1: proxy.count: layer ")
-    assert "1 rows for" in message
+    assert "0 rows for 9 unknowns" in message, "the one image is held out"
     assert not list(own_cache.rglob("*.safetensors"))
 
 
@@ -330,7 +330,16 @@ def test_merge_prints_the_table_and_the_places(tiny: Tiny, tmp_path: Path) -> No
     result = _invoke("merge", tiny.recipe, "-o", tmp_path / "out")
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
-    assert lines[1].split() == ["network", "upright", "rotated", "average", "FLOPs", "ratio", "parameters"]
+    assert lines[1].split() == [
+        "network",
+        "upright",
+        "rotated",
+        "average",
+        "predicted",
+        "FLOPs",
+        "ratio",
+        "parameters",
+    ]
     assert f"report    {tmp_path / 'out' / 'report.html'}" in lines
     assert "statistics" in result.stderr
     record = json.loads((tmp_path / "out" / "run.json").read_text())
@@ -360,6 +369,7 @@ def test_plan_shows_units_and_residuals_and_writes_no_artefact(tiny: Tiny) -> No
     shown = json.loads(result.stdout)
     assert [plan["point"] for plan in shown] == ["budget 1", "budget 1.4"]
     assert all(row["width"] == row["fused"] + 2 * row["apart"] for row in shown[1]["classes"])
+    assert all(row["width"] == sum(row["owners"].values()) for plan in shown for row in plan["classes"])
     text = plan_text(shown[1])
     assert "budget 1.4: " in text
     assert "block.conv1" in text

@@ -200,3 +200,19 @@ def test_progress_is_told_batch_by_batch() -> None:
     said: list[tuple[str, int, int]] = []
     pleas.collect(made("residual"), list(images("residual", 8).split(4)), progress=lambda *x: said.append(x))
     assert said == [("statistics", 1, 2), ("statistics", 2, 2)]
+
+
+@pytest.mark.parametrize("outputs", [3, 4])
+def test_heads_of_unequal_size_are_not_read_and_matching_goes_on(outputs: int) -> None:
+    """5 and 4 outputs do not part into two halves, 5 and 3 into the wrong ones."""
+    small = CASES["residual"].model(3)
+    head = small[-1]  # type: ignore[index]
+    assert isinstance(head, nn.Sequential)
+    head[-1] = nn.Linear(8, outputs)
+    settings = MergeSettings(heads="separate")
+    networks = Parents.of([*parents("residual"), small], CASES["residual"].example(), settings)
+    statistics = pleas.collect(networks, [images("residual", 16)])
+    weight = networks.layers[-1].weight
+    assert (weight, 1) in statistics.units
+    assert (weight, 0) not in statistics.units
+    assert len(pleas.match(networks, statistics)) == 3
