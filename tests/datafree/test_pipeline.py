@@ -330,7 +330,16 @@ def test_merge_prints_the_table_and_the_places(tiny: Tiny, tmp_path: Path) -> No
     result = _invoke("merge", tiny.recipe, "-o", tmp_path / "out")
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
-    assert lines[1].split() == ["network", "upright", "rotated", "average", "predicted", "FLOPs", "ratio", "parameters"]
+    assert lines[1].split() == [
+        "network",
+        "upright",
+        "rotated",
+        "average",
+        "predicted",
+        "FLOPs",
+        "ratio",
+        "parameters",
+    ]
     assert f"report    {tmp_path / 'out' / 'report.html'}" in lines
     assert "statistics" in result.stderr
     record = json.loads((tmp_path / "out" / "run.json").read_text())

@@ -144,7 +144,7 @@ def test_the_recipes_key_reaches_the_file(tmp_path: Path) -> None:
     keys |= {"preprocess": {"size": 8, "mean": (0.5,), "std": (0.5,)}}
     parent = load_parent(ParentSpec.model_validate(keys), "a", tmp_path)
     assert same(parent.module, weights(2))
-    with pytest.raises(UsageError, match="parent a: weights_key: .* did you mean 'model_ema'") as caught:
+    with pytest.raises(UsageError, match=r"parent a: weights_key: .* did you mean 'model_ema'") as caught:
         load_parent(ParentSpec.model_validate(keys | {"weights_key": "model_em"}), "a", tmp_path)
     assert caught.value.key == ("weights_key",), "so that a recipe's error says where that key stands"
     with pytest.raises(ValueError, match="weights_key names an entry of a weights file, and there is none"):
