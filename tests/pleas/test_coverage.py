@@ -110,7 +110,7 @@ def test_large_grouped_and_unequal_layers_are_left_out(monkeypatch: pytest.Monke
 def test_heads_of_unequal_size_have_no_common_problem() -> None:
     small = CASES["residual"].model(0)
     large = CASES["residual"].model(1)
-    head = small[-1]
+    head = small[-1]  # type: ignore[index]
     assert isinstance(head, torch.nn.Sequential)
     head[-1] = torch.nn.Linear(8, 3)
     settings = replace(SETTINGS, heads="separate")
