@@ -22,6 +22,7 @@ from datafree.preprocess import Interpolation, Preprocess
 from datafree.references import LIBRARIES, Blueprint, build
 from datafree.weights import load_into
 from pleas.graph_check import check_config, expected_shapes
+from pleas.parents import MOST
 
 _MOST_MODULES = 100_000
 _CLOSE = 1e-3  # largest difference of the outputs of one network in two forms, relative to the largest output
@@ -65,7 +66,7 @@ class _Config(_Part):
     recipe: str | None
     architecture: _Architecture
     input: _Input | None
-    heads: list[_Head] = pydantic.Field(min_length=1, max_length=2)
+    heads: list[_Head] = pydantic.Field(min_length=1, max_length=MOST)
     network: dict[str, Any] | None
 
 

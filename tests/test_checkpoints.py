@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 
 import pleas
-from benchmarks.common import PROJECT, load_pair, proxies
+from benchmarks.common import load_pair, proxies
+from datafree.spec import DATA_VARIABLE
 from datafree.store import CACHE_VARIABLE
 from pleas.symmetry import permute_state, random, state_of
 
-DATA = PROJECT.parent / "shared" / "checkpoints" / "akamaster_resnet20.th"
-
 
 @pytest.mark.slow
-@pytest.mark.skipif(not DATA.exists(), reason=f"{DATA} is not here")
 @pytest.mark.parametrize("apart", [0.0, 0.25])
 def test_a_published_resnet_merged_with_its_permuted_copy_comes_back(
-    apart: float, monkeypatch: pytest.MonkeyPatch, tmp_path: object
+    apart: float, shared: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Invariant 2 on real weights: logits within 1e-3 of their scale, and so no prediction changes."""
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
-    monkeypatch.setenv("DATAFREE_DATA", str(DATA.parent.parent))
+    monkeypatch.setenv(DATA_VARIABLE, str(shared))
     pair = load_pair("cifar_resnet20", "cpu")
     a, settings = pair.parents.first.module, pleas.MergeSettings(ridge=1e-6)
     own = pleas.trace(a, pair.parents.example, rewrites=())  # what the module's own tensors can express

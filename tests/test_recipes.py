@@ -52,7 +52,7 @@ def imagenet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         torch.manual_seed(seed)
         torch.save(models.resnet50().state_dict(), tmp_path / f"{name}.pth")
         monkeypatch.setenv(f"RESNET50_{name}", str(tmp_path / f"{name}.pth"))
-    photographs(tmp_path / "photos", 520)
+    photographs(tmp_path / "photos", 780)
     photographs(tmp_path / "val", 4, ("n01440764", "n01443537"))
     monkeypatch.setenv("PROXY_IMAGES", str(tmp_path / "photos"))
     monkeypatch.setenv("IMAGENET_VAL", str(tmp_path / "val"))

@@ -57,7 +57,12 @@ def _merged_transformer(name: str) -> tuple[pleas.MergeResult, torch.Tensor]:
     return pleas.merge(a, b, list(images.split(16)), apart=0.5, settings=settings), images[:5]
 
 
-@pytest.mark.parametrize("name", sorted(MODELS))
+QUICK = {"vit", "swin"}  # of the transformers, merged for other tests as well
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in sorted(MODELS)]
+)
 def test_widened_transformers_come_back_bit_for_bit(name: str, tmp_path: Path) -> None:
     result, images = _merged_transformer(name)
     assert result.ratio > 1.0

@@ -88,8 +88,8 @@ def test_pipelines_that_are_not_loaded(tiny: Tiny, harm: str) -> None:
 
 def test_parents_of_different_sizes_and_colours(tiny: Tiny) -> None:
     assert (
-        "parents: the parents take different images (a takes 8x8 grey, b takes 16x16 grey): give both one size "
-        "and one number of channels"
+        "parents: the parents take different images (a takes 8x8 grey, b takes 16x16 grey): give all of them one "
+        "size and one number of channels"
     ) in refusal(tiny, "parents.b.preprocess.size=16")
     text = (tiny.folder / "net.py").read_text()
     (tiny.folder / "colour.py").write_text(text.replace("nn.Conv2d(1, width", "nn.Conv2d(3, width"))
@@ -97,7 +97,7 @@ def test_parents_of_different_sizes_and_colours(tiny: Tiny) -> None:
         "parents.b={model: 'python:colour.py:net', random_weights: true, "
         "preprocess: {size: 8, mean: [0.3, 0.3, 0.3], std: [0.4, 0.4, 0.4]}}"
     )
-    assert "parents: the parents are not one architecture" in refusal(tiny, colour)
+    assert "parents: parents a and b are not one architecture" in refusal(tiny, colour)
 
 
 def test_batch_norms_that_were_never_trained(tiny: Tiny) -> None:
@@ -131,7 +131,7 @@ def test_new_images_for_parents_that_predict_no_classes(tiny: Tiny) -> None:
     )
     inverted = "proxy.sources=[{kind: inversion, loss: classes}]"
     assert (
-        "refine.fresh: parent A returns vectors of one length (an embedding), which are no logits over classes: "
+        "refine.fresh: parent a returns vectors of one length (an embedding), which are no logits over classes: "
         "refining fits the outputs themselves by squared error, without softmax and temperature; images in dispute are "
         "found by comparing predictions of classes, so remove refine.fresh"
     ) in refusal(tiny, *unit, inverted, "refine={steps: 2, fresh: {}}")

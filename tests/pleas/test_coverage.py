@@ -111,7 +111,7 @@ def test_heads_of_unequal_size_have_no_common_problem() -> None:
     small = CASES["residual"].model(0)
     assert isinstance(small, torch.nn.Sequential)
     large = CASES["residual"].model(1)
-    head = small[-1]
+    head = small[-1]  # type: ignore[index]
     assert isinstance(head, torch.nn.Sequential)
     head[-1] = torch.nn.Linear(8, 3)
     settings = replace(SETTINGS, heads="separate")
