@@ -160,7 +160,9 @@ def refine(
     lesson = _Lesson(batches, parents, judge.objective, normalise, settings, device, learner.layout, listens)
     run = _Run(learner, lesson, judge, start, renew, progress, snapshots)
     identity = {**asdict(settings), "images": list(images.shape), "heads": heads, "parents": parents.names}
-    identity["groups"] = sorted(Counter(groups or ()).items())
+    identity["groups"] = [
+        list(pair) for pair in sorted(Counter(groups or ()).items())
+    ]  # as JSON gives it back
     if state is not None:
         _check_state(state, identity)
         run.load(state)

@@ -118,7 +118,7 @@ def test_too_few_images_are_refused(group: Group) -> None:
         ("ridge", "ridge: give KEY=VALUE, with one of the keys"),
         ("seed=1", "seed=1: give KEY=VALUE, with one of the keys"),
         ("rows=many", "rows = many: Input should be a valid integer"),
-        ("ridge=-1", "ridge = -1.0: must be > 0, for example 1e-3 (relative to the mean diagonal)"),
+        ("ridge=-1", "ridge = -1.0: must be > 0, for example 1e-2 (relative to the mean diagonal)"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(change: str, message: str) -> None:

@@ -17,7 +17,7 @@ from datafree.store import CACHE_VARIABLE, Store
 from pleas.refine import RefineSettings
 from tests.datafree.tiny import Tiny, make_tiny
 
-REFINE = ("refine.steps=6", "refine.batch=8", "refine.rate=0.003")
+REFINE = ("refine.steps=6", "refine.batch=8", "refine.rate=0.003", "proxy.count=96")
 
 
 @pytest.fixture
