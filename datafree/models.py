@@ -1,4 +1,4 @@
-"""The two parents: a model reference, its weights and its preprocessing become one frozen `Parent`.
+"""The parents: a model reference, its weights and its preprocessing become one frozen `Parent`.
 
 What may be written as a reference is in `references`; how files are read, in `weights`; inputs, in
 `preprocess`.

@@ -35,7 +35,7 @@ class GateFailed(UnsupportedModel):
 
 
 class ArchitectureMismatch(InputError):
-    """The two parents are not the same network up to their weights."""
+    """The parents are not the same network up to their weights."""
 
 
 class TooFewRows(InputError):

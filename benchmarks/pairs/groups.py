@@ -54,7 +54,7 @@ def resnet(file: str, classes: tuple[str, ...] = CIFAR_CLASSES, depth: int = 20)
 
 
 def mobilenet(file: str) -> Callable[[str], Parent]:
-    return published("pairs.mobilenet:mobilenet025", file, IMAGENET, 1000)
+    return published("mobilenet:mobilenet025", file, IMAGENET, 1000)
 
 
 def cifar(name: str, **parents: Callable[[str], Parent]) -> Group:

@@ -1,4 +1,4 @@
-"""From the recipe's `proxy` section to the proxy images both parents are shown."""
+"""From the recipe's `proxy` section to the proxy images that all parents are shown."""
 
 from __future__ import annotations
 
