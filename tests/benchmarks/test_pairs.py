@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.mobilenet import mobilenet025
 from benchmarks.pairs import PAIRS, Ensemble, Group, Task, accuracy, average, plain_average
 from benchmarks.pairs.data import data_folder, mixed
-from benchmarks.mobilenet import mobilenet025
 from datafree.errors import UsageError
 from datafree.images import content_hash
 from datafree.models import Parent
