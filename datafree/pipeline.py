@@ -22,7 +22,7 @@ from datafree.images import ImageSet
 from datafree.progress import StageProgress
 from datafree.proxy import ProxySet
 from datafree.recipe import RecipeFile
-from datafree.report import html_report, json_text, model_card
+from datafree.report import html_report, model_card
 from datafree.results import Results, Row
 from datafree.stages import (
     LoadedParents,
@@ -48,6 +48,7 @@ from datafree.stages import (
     solve_plans,
     trace_parents,
 )
+from datafree.text import json_text
 
 RECIPE, RESOLVED, METRICS, RECORD, REPORT = (
     "recipe.yaml",

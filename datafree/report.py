@@ -11,7 +11,6 @@ import jinja2
 
 from datafree.card_data import UNKNOWN_LICENSE, metadata, own_row, reference_name, without_paths
 from datafree.results import Results, cells, columns
-from datafree.text import json_text as json_text  # handed on: the pipeline asks for it here
 
 if TYPE_CHECKING:
     import pleas

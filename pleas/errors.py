@@ -48,7 +48,3 @@ class NonFinite(InputError):
 
 class MergeFailed(PleasError):
     """A run that failed although its inputs looked right. The command line exits with 1."""
-
-
-class SingularGram(MergeFailed):
-    """A damped Gram matrix is not positive definite."""

@@ -261,10 +261,3 @@ def output_extents(layer: Layer, spatial: Sequence[int]) -> tuple[int, ...]:
             spatial, layer.kernel, layer.stride, layer.padding, layer.dilation, strict=True
         )
     )
-
-
-def positions_of(layer: Layer, inputs: Tensor) -> int:
-    """Rows one image gives."""
-    if layer.is_convolution:
-        return int(torch.Size(output_extents(layer, inputs.shape[2:])).numel())
-    return int(torch.Size(inputs.shape[1:-1]).numel())

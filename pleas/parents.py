@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from pleas.errors import ArchitectureMismatch, InputError, NonFinite
-from pleas.guards import check_forwards, ensemble_obstacles, parent_names
+from pleas.guards import check_forwards, ensemble_obstacles, parent_names, unmatched_classes
 from pleas.layers import Layer, find_layers
 from pleas.settings import MergeSettings
-from pleas.symmetry import Symmetry, state_of, trace
+from pleas.symmetry import Symmetry, coupled, state_of, trace
 from pleas.symmetry.copies import evaluation_copy, plain
 
 DEFAULTS = MergeSettings()
@@ -60,7 +60,8 @@ class Parents:
         frozen = tuple(evaluation_copy(module, share=False).requires_grad_(False) for module in folded)
         symmetry = symmetry or trace(frozen[0], example)
         notes = check_forwards(symmetry.program, frozen, example, names)
-        return cls(names, frozen, symmetry, example, settings, (*notes, *ensemble_obstacles(symmetry)))
+        notes = (*notes, *_not_matched(symmetry, settings), *ensemble_obstacles(symmetry))
+        return cls(names, frozen, symmetry, example, settings, notes)
 
     @property
     def count(self) -> int:
@@ -80,6 +81,18 @@ class Parents:
         """Outputs of one parent, on an output class."""
         axis = self.symmetry.classes[self.symmetry.output[0]].axes[0]
         return self.states[parent][axis.tensor].shape[axis.dim]
+
+
+def _not_matched(symmetry: Symmetry, settings: MergeSettings) -> tuple[str, ...]:
+    """What is to be said of units that activation matching knows nothing of."""
+    found = [] if settings.matching == "weight" else unmatched_classes(symmetry)
+    if not found:
+        return ()
+    shown = ", ".join(coupled(unit_class, symmetry.shapes) for unit_class in found[:3])
+    return (
+        f"no layer reads or writes {len(found)} of the classes of units ({shown}{', ...' if len(found) > 3 else ''}): "
+        "activation matching pairs them in the order they stand; matching: weight matches them",
+    )
 
 
 def check_parents(

@@ -11,9 +11,9 @@ from datafree.pipeline import REPORT, Outcome
 from datafree.pipeline import run as run_pipeline
 from datafree.progress import progress_on
 from datafree.recipe import load_recipe
-from datafree.report import json_text
 from datafree.results import Results, cells, columns
 from datafree.tables import text_table
+from datafree.text import json_text
 
 
 def run(

@@ -100,3 +100,23 @@ def test_counters_of_batch_norms_may_be_missing() -> None:
     old = net(1)
     del old[1].num_batches_tracked  # type: ignore[union-attr]
     check_parents([net(0), old])
+
+
+class _Upwards(nn.Module):
+    """Channels between two transposed convolutions, which are no layers of least squares."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.up = nn.Conv2d(3, 4, 3, padding=1), nn.ConvTranspose2d(4, 5, 2, 2)
+        self.again, self.head = nn.ConvTranspose2d(5, 4, 2, 2), nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.again(self.up(self.stem(x).relu()).relu()).mean((2, 3)))
+
+
+def test_units_that_no_layer_touches_are_named_where_activations_match() -> None:
+    example = torch.zeros(2, 3, 8, 8)
+    said = Parents.of([_Upwards(), _Upwards()], example).notes
+    assert any("no layer reads or writes 1 of the classes of units (up.weight" in note for note in said), said
+    weights = Parents.of([_Upwards(), _Upwards()], example, MergeSettings(matching="weight")).notes
+    assert not any("no layer reads or writes" in note for note in weights)
