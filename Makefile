@@ -13,8 +13,8 @@ OUT ?= runs/quickstart
 # The oldest versions that pyproject.toml allows, in an environment of their own, and what is run there: merging,
 # refining, saving and loading, transformers, proxies.
 OLDEST := .venv-oldest
-OLDEST_TESTS := tests/test_oldest.py tests/pleas/test_counting.py tests/pleas/test_merge.py \
-	tests/pleas/test_refine.py tests/pleas/test_transformers.py tests/datafree/test_artefact.py \
+OLDEST_TESTS := tests/test_oldest.py tests/pleas/network/test_counting.py tests/pleas/test_merge.py \
+	tests/pleas/refine/test_refine.py tests/pleas/test_transformers.py tests/datafree/artefact/test_save_load.py \
 	tests/datafree/test_pipeline.py tests/datafree/proxy
 
 .PHONY: help quickstart test test-all test-oldest lint types format clean

@@ -29,7 +29,7 @@ from benchmarks.common import (
     spread,
     write,
 )
-from datafree.evaluate import Evaluation
+from datafree.evaluation.evaluate import Evaluation
 
 
 def numbers(text: str, kind: type) -> list[Any]:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 import pleas
 from benchmarks.common import PROJECT, Row, markdown, write
-from datafree.models import build_model
+from datafree.models.parent import build_model
 
 PROPAGATE: tuple[float | Literal["auto"], ...] = (0, 1, "auto")
 MEBIBYTE = 1024.0  # ru_maxrss counts kibibytes on Linux

@@ -17,12 +17,13 @@ import pydantic
 from torch import nn
 
 import pleas
+from datafree.cache.store import cache_folder
 from datafree.environment import machine, versions
 from datafree.errors import UsageError
-from datafree.evaluate import Columns, Evaluation, Task, evaluate, parent_columns
-from datafree.models import Parent
+from datafree.evaluation.evaluate import Columns, Evaluation, Task, evaluate, parent_columns
+from datafree.models.parent import Parent
 from datafree.proxy import ProxySet, ProxySpec, build_proxies
-from datafree.recipe import RecipeFile, load_recipe
+from datafree.recipe.file import RecipeFile, load_recipe
 from datafree.stages import (
     AllParents,
     Inputs,
@@ -34,7 +35,6 @@ from datafree.stages import (
     load_tasks,
     proxy_inputs,
 )
-from datafree.store import cache_folder
 from pleas.settings import Heads
 from pleas.symmetry import identity
 

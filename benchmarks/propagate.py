@@ -26,11 +26,11 @@ import pleas
 from benchmarks.common import PROJECT, Notebook, Row, changed_settings, markdown, percent, spread, write
 from benchmarks.pairs import PAIRS, Ensemble, Group, accuracy, average
 from benchmarks.pairs.group import JOINT
+from datafree.cache.store import cache_folder
 from datafree.errors import DatafreeError, UsageError
 from datafree.proxy import ProxySpec, build_proxies
 from datafree.seeds import derive_seed
 from datafree.stages import choose_device, has_batch_norm
-from datafree.store import cache_folder
 from pleas.errors import PleasError
 
 IMAGES = ("inverted", "real", "public")

@@ -24,9 +24,9 @@ from scipy.stats import spearmanr
 
 import pleas
 from benchmarks.common import RESULTS, THUMBNAILS, Pair, Row, build, keep, load_pair, markdown, percent, write
-from datafree.diagnose import SourceDiagnosis, examine
+from datafree.diagnosis.diagnose import SourceDiagnosis, examine
+from datafree.diagnosis.ranking import Scores, compare, ranking
 from datafree.proxy import ProxySet, ProxySpec, check_proxies
-from datafree.ranking import Scores, compare, ranking
 
 GENERATORS = ("fractals", "leaves", "network", "fbm", "warp", "spectrum")
 DEFAULT = (

@@ -24,12 +24,12 @@ from torch import Tensor, nn
 
 import pleas
 from benchmarks.common import Notebook, Pair, Row, build, load_pair, markdown, percent, write
-from datafree.evaluate import Evaluation
-from datafree.images import load_images
-from datafree.models import Parent
+from datafree.evaluation.evaluate import Evaluation
+from datafree.images.image_set import load_images
+from datafree.models.parent import Parent
 from datafree.proxy import ProxySet, ProxySpec
-from datafree.recipe import FreshSpec
-from datafree.references import build_model
+from datafree.recipe.schema import FreshSpec
+from datafree.references.registry import build_model
 from datafree.seeds import derive_seed
 from datafree.stages import AllParents
 from datafree.stages.refining import AUGMENT, fresh_images

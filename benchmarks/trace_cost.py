@@ -26,7 +26,7 @@ from torch import nn
 
 import pleas
 from benchmarks.common import PROJECT, markdown, write
-from datafree.models import build_model
+from datafree.models.parent import build_model
 
 MEBIBYTE = 1 << 20
 LIMITS = {"torchvision:resnet50": 10.0, "torchvision:vit_b_16": 20.0}  # seconds, on two cores

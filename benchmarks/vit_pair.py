@@ -25,8 +25,9 @@ from torch.nn import functional
 
 import pleas
 from benchmarks.common import Row, markdown, percent, plain_average, spread, write
+from datafree.cache.store import Store, cache_folder, content_hash
 from datafree.digits import PREPROCESS, shifted, shuffled, smooth_noise
-from datafree.evaluate import (
+from datafree.evaluation.evaluate import (
     Columns,
     Evaluation,
     Task,
@@ -36,11 +37,10 @@ from datafree.evaluate import (
     merged_columns,
     parent_columns,
 )
-from datafree.images import DigitsSpec, ImageSpec, load_images
-from datafree.models import Parent
+from datafree.images.image_set import DigitsSpec, ImageSpec, load_images
+from datafree.models.parent import Parent
 from datafree.proxy import ProxySpec, build_proxies
 from datafree.seeds import derive_seed
-from datafree.store import Store, cache_folder, content_hash
 
 Labels = Literal["shared", "separate"]
 DIGITS = {"shared": (range(10), range(10)), "separate": (range(5), range(5, 10))}

@@ -14,14 +14,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from datafree.artefact import Artefact, load, save
+    from datafree.artefact.load import Artefact, load
+    from datafree.artefact.save import save
     from datafree.pipeline import run
 
     __version__: str
 
 __all__ = ["Artefact", "__version__", "load", "run", "save"]
 
-_HOME = {"Artefact": "artefact", "load": "artefact", "save": "artefact", "run": "pipeline"}
+_HOME = {
+    "Artefact": "artefact.artefact",
+    "load": "artefact.artefact",
+    "save": "artefact.artefact",
+    "run": "pipeline",
+}
 
 
 def __getattr__(name: str) -> Any:

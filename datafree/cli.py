@@ -81,7 +81,7 @@ def _interrupted(command: str | None) -> str:
     if command not in KEEPS:
         return "interrupted: nothing was changed"
     cache_folder = getattr(
-        sys.modules.get("datafree.store"), "cache_folder", None
+        sys.modules.get("datafree.cache.store"), "cache_folder", None
     )  # it may not be imported yet
     where = "" if cache_folder is None else f" in {cache_folder()}"
     output = "; the output folder was not touched" if command in ("merge", "proxy") else ""

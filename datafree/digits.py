@@ -25,11 +25,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from datafree.cache.store import DamagedStage, Store, cache_folder, content_hash
 from datafree.errors import UsageError
-from datafree.images import DigitsSpec, ImageSpec, load_images
-from datafree.preprocess import Preprocess
+from datafree.images.image_set import DigitsSpec, ImageSpec, load_images
+from datafree.images.preprocess import Preprocess
 from datafree.seeds import derive_seed
-from datafree.store import DamagedStage, Store, cache_folder, content_hash
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
 

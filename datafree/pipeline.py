@@ -14,16 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import pleas
-from datafree.artefact import CARD, Description, make_heads, plan_table, write_model
+from datafree.artefact.description import CARD, Description, make_heads, plan_table
+from datafree.artefact.export import check_export, write_exports
+from datafree.artefact.save import write_model
 from datafree.environment import machine, versions
-from datafree.export import check_export, write_exports
+from datafree.evaluation.results import Results, Row
 from datafree.folders import check_output, new_folder
-from datafree.images import ImageSet
+from datafree.images.image_set import ImageSet
 from datafree.progress import StageProgress
 from datafree.proxy import ProxySet
-from datafree.recipe import RecipeFile
-from datafree.report import html_report, model_card
-from datafree.results import Results, Row
+from datafree.recipe.file import RecipeFile
+from datafree.report.pages import html_report, model_card
 from datafree.stages import (
     LoadedParents,
     Merged,

@@ -1,7 +1,7 @@
 """The base of every section of a recipe, and how a recipe's text becomes a path.
 
-A section's class stands beside the code that uses it (`models.ParentSpec`, `images.ImageSpec`, ...),
-derives from `Spec`, and is composed by `recipe.Recipe`. Paths stay text in a section, so that a resolved
+A section's class stands beside the code that uses it (`models.parent.ParentSpec`, `images.image_set.ImageSpec`, ...),
+derives from `Spec`, and is composed by `recipe.schema.Recipe`. Paths stay text in a section, so that a resolved
 recipe reads the same on every machine; whoever opens the file calls `resolve_path(text, base)` with the
 recipe's folder as `base`.
 """

@@ -12,15 +12,15 @@ from pleas.assemble import LayerEvidence, MergeResult, assemble
 from pleas.baselines import Ensemble, reestimate_bn
 from pleas.errors import InputError, MergeFailed, PleasError
 from pleas.evidence import Evidence, gather
-from pleas.fusing import FusingCosts, fusing_costs
-from pleas.matching import match
+from pleas.matching.match import match
 from pleas.merge import merge
-from pleas.module import MergedNetwork, flops, module_from_config, program_config
-from pleas.moments import Moments
+from pleas.network.module import MergedNetwork, flops, module_from_config, program_config
 from pleas.parents import Parents, check_parents
-from pleas.plan import Plan, make_plan
+from pleas.plan.fusing import FusingCosts, fusing_costs
+from pleas.plan.plan import Plan, make_plan
 from pleas.settings import MergeSettings
-from pleas.statistics import Statistics, collect
+from pleas.statistics.collect import Statistics, collect
+from pleas.statistics.moments import Moments
 from pleas.symmetry import Permutation, Symmetry, trace
 
 __all__ = [

@@ -8,16 +8,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from pleas.average import average, contracted
-from pleas.build import Drawing, build, draw
 from pleas.errors import MergeFailed
 from pleas.evidence import Evidence
-from pleas.module import flops
+from pleas.network.average import average, contracted
+from pleas.network.build import Drawing, build, draw
+from pleas.network.module import flops
 from pleas.parents import Parents
-from pleas.plan import Plan
-from pleas.propagate import Solved, averaged_state, propagate
-from pleas.solve import LayerSolution
-from pleas.statistics import Progress
+from pleas.plan.plan import Plan
+from pleas.solve.equations import LayerSolution
+from pleas.solve.propagate import Solved, averaged_state, propagate
+from pleas.statistics.collect import Progress
 from pleas.symmetry import Permutation, execute
 
 WIDENING_TOLERANCE = 1e-3  # relative, in single precision and above

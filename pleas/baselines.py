@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from pleas.layers import BATCH_NORM
+from pleas.layers.layer import BATCH_NORM
 
 
 class Ensemble(nn.Module):

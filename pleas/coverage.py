@@ -12,14 +12,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pleas.average import mean_of_owners
 from pleas.evidence import Evidence
-from pleas.layers import Layer
-from pleas.layout import plain_layout
-from pleas.propagate import images_first, parents_at, rows_of, target_rows
-from pleas.sampler import PositionSampler
-from pleas.solve import Block, Equations, is_wide, prior_of
-from pleas.statistics import Batch, for_each, placed
+from pleas.layers.layer import Layer, is_wide
+from pleas.network.average import mean_of_owners
+from pleas.plan.blocks import Block
+from pleas.plan.layout import plain_layout
+from pleas.solve.equations import Equations, prior_of
+from pleas.solve.propagate import images_first, parents_at, rows_of, target_rows
+from pleas.statistics.collect import Batch, for_each, placed
+from pleas.statistics.sampler import PositionSampler
 
 LARGEST = 1536  # inputs of a layer above which it is left out: eigenvalues cost d^3
 _EXACT = 1e-9  # errors below this share of the targets' variance are rounding: the layer fits exactly

@@ -9,10 +9,10 @@ from functools import cached_property
 from torch import Tensor
 
 from pleas.errors import InputError
-from pleas.fusing import FusingCosts, Split, fusing_costs
-from pleas.matching import match
+from pleas.matching.match import match
 from pleas.parents import Parents
-from pleas.statistics import Batch, Progress, Statistics, collect
+from pleas.plan.fusing import FusingCosts, Split, fusing_costs
+from pleas.statistics.collect import Batch, Progress, Statistics, collect
 from pleas.symmetry import Permutation, permute_state
 
 
@@ -20,7 +20,7 @@ from pleas.symmetry import Permutation, permute_state
 class Evidence:
     """The parents in one common order of units, and the proxies that say so.
 
-    inputs:     batches of proxies, read again by every solve: see `pleas.statistics.Batch`
+    inputs:     batches of proxies, read again by every solve: see `pleas.statistics.collect.Batch`
     alignments: per parent, the permutation into the first parent's order
     """
 

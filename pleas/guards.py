@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from pleas.errors import ArchitectureMismatch, NonFinite, PleasError, UnsupportedModel
-from pleas.layers import find_layers, find_norms
+from pleas.layers.layer import find_layers, find_norms
 from pleas.symmetry import Program, Symmetry, UnitClass, execute, export_program, logits_of, state_of
 from pleas.symmetry.copies import device_of, evaluation_copy, unwrap
 from pleas.symmetry.rewrites import module_path

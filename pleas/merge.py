@@ -11,9 +11,9 @@ from pleas.assemble import MergeResult, assemble
 from pleas.errors import InputError
 from pleas.evidence import gather
 from pleas.parents import Parents
-from pleas.plan import make_plan
+from pleas.plan.plan import make_plan
 from pleas.settings import MergeSettings
-from pleas.statistics import Batch, Progress
+from pleas.statistics.collect import Batch, Progress
 
 DEFAULTS = MergeSettings()
 

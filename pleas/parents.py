@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pleas.errors import ArchitectureMismatch, InputError, NonFinite
 from pleas.guards import check_forwards, ensemble_obstacles, parent_names, unmatched_classes
-from pleas.layers import Layer, find_layers
+from pleas.layers.layer import Layer, find_layers
 from pleas.settings import MergeSettings
 from pleas.symmetry import Symmetry, coupled, state_of, trace
 from pleas.symmetry.copies import evaluation_copy, plain

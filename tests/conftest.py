@@ -10,8 +10,8 @@ import hypothesis
 import pytest
 import torch
 
+from datafree.cache.store import CACHE_VARIABLE
 from datafree.spec import DATA_VARIABLE
-from datafree.store import CACHE_VARIABLE
 
 PROJECT = Path(__file__).resolve().parent.parent
 

@@ -10,8 +10,8 @@ import torch
 
 import pleas
 from benchmarks.common import load_pair, proxies
+from datafree.cache.store import CACHE_VARIABLE
 from datafree.spec import DATA_VARIABLE
-from datafree.store import CACHE_VARIABLE
 from pleas.symmetry import permute_state, random, state_of
 
 

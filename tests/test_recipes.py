@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from torchvision import models
 
 from datafree.cli import main
-from datafree.recipe import load_recipe
-from datafree.references import build_model
+from datafree.recipe.file import load_recipe
+from datafree.references.registry import build_model
 from datafree.spec import DATA_VARIABLE
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"

@@ -12,8 +12,8 @@ from torch.nn import functional
 
 from benchmarks.pairs.group import Task
 from datafree.errors import UsageError
-from datafree.images import DigitsSpec, ImageSpec, load_images
-from datafree.preprocess import match_channels
+from datafree.images.image_set import DigitsSpec, ImageSpec, load_images
+from datafree.images.preprocess import match_channels
 from datafree.seeds import derive_seed
 from datafree.spec import DATA_VARIABLE
 

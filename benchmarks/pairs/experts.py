@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from benchmarks.pairs.data import PROJECT, read
-from datafree.models import Parent, ParentSpec, load_parent
-from datafree.preprocess import Preprocess, PreprocessSpec
-from datafree.references import build_model
+from datafree.cache.store import DamagedStage, Store, cache_folder, content_hash
+from datafree.images.preprocess import Preprocess, PreprocessSpec
+from datafree.models.parent import Parent, ParentSpec, load_parent
+from datafree.references.registry import build_model
 from datafree.seeds import derive_seed
-from datafree.store import DamagedStage, Store, cache_folder, content_hash
 
 STAGE = "pairs"  # the experts' folder in the cache
 VERSION = 1  # raised whenever the code below would train other weights from the same settings

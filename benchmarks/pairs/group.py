@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from datafree.errors import UsageError
-from datafree.evaluate import predict
-from datafree.images import ImageSet
-from datafree.models import Parent
-from datafree.preprocess import Preprocess
+from datafree.evaluation.evaluate import predict
+from datafree.images.image_set import ImageSet
+from datafree.images.preprocess import Preprocess
+from datafree.models.parent import Parent
 
 Labels = Literal["shared", "separate"]
 JOINT = "joint"  # the key of the accuracy among the outputs of all heads

@@ -15,8 +15,8 @@ from benchmarks.pairs.data import (
 )
 from benchmarks.pairs.experts import Expert
 from benchmarks.pairs.group import Group, Labels
-from datafree.models import Parent, ParentSpec, load_parent
-from datafree.preprocess import PreprocessSpec
+from datafree.images.preprocess import PreprocessSpec
+from datafree.models.parent import Parent, ParentSpec, load_parent
 from datafree.seeds import derive_seed
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

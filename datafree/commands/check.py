@@ -13,10 +13,10 @@ import numpy as np
 
 import pleas
 from datafree.errors import DatafreeError, UsageError
-from datafree.evaluate import Task, check_tasks, load_task
+from datafree.evaluation.evaluate import Task, check_tasks, load_task
 from datafree.progress import StageProgress
 from datafree.proxy import SHARD, Source, SourceSpec, check_proxies
-from datafree.recipe import load_recipe
+from datafree.recipe.file import load_recipe
 from datafree.seeds import derive_seed
 from datafree.stages import (
     EvaluationSet,

@@ -9,14 +9,14 @@ import click
 import numpy as np
 from torch import Tensor
 
-from datafree.diagnose import SourceDiagnosis, diagnose
+from datafree.diagnosis.diagnose import SourceDiagnosis, diagnose
+from datafree.diagnosis.ranking import Place, Scores, light, ranking
 from datafree.errors import UsageError
-from datafree.images import ImageSet, ImageSpec, load_images
-from datafree.preprocess import match_channels
+from datafree.images.image_set import ImageSet, ImageSpec, load_images
+from datafree.images.preprocess import match_channels
 from datafree.progress import progress_on
-from datafree.proxy.images import frame
-from datafree.ranking import Place, Scores, light, ranking
-from datafree.recipe import load_recipe
+from datafree.proxy.kinds.images import frame
+from datafree.recipe.file import load_recipe
 from datafree.seeds import derive_seed
 from datafree.stages import (
     LoadedParents,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import click
 
-from datafree.cache_limit import LIMIT_VARIABLE, limit_bytes
+from datafree.cache.limit import LIMIT_VARIABLE, limit_bytes
+from datafree.cache.store import CACHE_VARIABLE, Store, cache_folder
 from datafree.environment import machine, versions
-from datafree.store import CACHE_VARIABLE, Store, cache_folder
 from datafree.text import json_text
 
 

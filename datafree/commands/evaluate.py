@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import click
 
-from datafree.artefact import Artefact, load
+from datafree.artefact.load import Artefact, load
 from datafree.errors import UsageError
-from datafree.evaluate import Columns, check_tasks, evaluate, load_task, merged_columns
+from datafree.evaluation.evaluate import Columns, check_tasks, evaluate, load_task, merged_columns
 from datafree.progress import progress_on
-from datafree.recipe import load_recipe
+from datafree.recipe.file import load_recipe
 from datafree.stages import choose_device, exact_arithmetic
 from datafree.tables import text_table
 from datafree.text import json_text

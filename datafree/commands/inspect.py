@@ -13,16 +13,16 @@ import torch
 from torch import nn
 
 import pleas
-from datafree.artefact import load, read_card
+from datafree.artefact.load import load, read_card
 from datafree.errors import UsageError
-from datafree.recipe import load_recipe
-from datafree.references import build
+from datafree.recipe.file import load_recipe
+from datafree.recipe.yaml_source import parse
+from datafree.references.registry import build
 from datafree.stages import begin, load_parents
 from datafree.tables import text_table
 from datafree.text import json_text
-from datafree.yaml_source import parse
 from pleas.errors import UnsupportedModel
-from pleas.extent import extents
+from pleas.plan.extent import extents
 from pleas.symmetry import RULE_HELPS
 
 SHOWN = 6  # tensors listed per group, reason or op

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import click
 
+from datafree.evaluation.results import Results, cells, columns
 from datafree.pipeline import REPORT, Outcome
 from datafree.pipeline import run as run_pipeline
 from datafree.progress import progress_on
-from datafree.recipe import load_recipe
-from datafree.results import Results, cells, columns
+from datafree.recipe.file import load_recipe
 from datafree.tables import text_table
 from datafree.text import json_text
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import click
 
-from datafree.artefact import plan_table
+from datafree.artefact.description import plan_table
 from datafree.progress import progress_on
-from datafree.recipe import load_recipe
+from datafree.recipe.file import load_recipe
 from datafree.stages import (
     begin,
     exact_arithmetic,

@@ -10,11 +10,11 @@ import click
 import torch
 
 import datafree
+from datafree.diagnosis.observe import watch
 from datafree.folders import MARK, check_output, new_folder
 from datafree.progress import progress_on
 from datafree.proxy import ProxySet, SourceReport, contact_sheet, export_folder
-from datafree.proxy.observe import watch
-from datafree.recipe import load_recipe
+from datafree.recipe.file import load_recipe
 from datafree.stages import LoadedParents, begin, exact_arithmetic, load_parents, load_tasks, make_proxies
 from datafree.tables import output_width, text_table, wrapped
 from datafree.text import json_text

@@ -8,11 +8,11 @@ for images in proxies.batches(64): ...        # uint8 (n, channels, height, widt
 from __future__ import annotations
 
 # Every import of a source registers its kind; they come before `build`, whose recipe section lists the kinds.
-from datafree.proxy.diffusion import DiffusionSpec
-from datafree.proxy.images import ImagesSpec
-from datafree.proxy.inversion import InversionSpec
-from datafree.proxy.noise import NoiseSpec
-from datafree.proxy.procedural import ProceduralSpec
+from datafree.proxy.kinds.diffusion import DiffusionSpec
+from datafree.proxy.kinds.images import ImagesSpec
+from datafree.proxy.kinds.inversion import InversionSpec
+from datafree.proxy.kinds.noise import NoiseSpec
+from datafree.proxy.kinds.procedural import ProceduralSpec
 
 from datafree.proxy.build import (  # isort: skip
     ProxySet,

@@ -15,16 +15,16 @@ import torch
 from torch import Tensor
 
 from datafree.errors import UsageError
-from datafree.images import content_hash
+from datafree.images.image_set import content_hash
 from datafree.proxy.augment import augment_lightly
-from datafree.proxy.cache import SCHEMA, ShardFile, ShardFolder, digest, fingerprint
 from datafree.proxy.mixture import interleave
+from datafree.proxy.shards import SCHEMA, ShardFile, ShardFolder, digest, fingerprint
 from datafree.proxy.source import SHARD, SOURCES, Request, Shard, Source, SourceSpec, kind_of
 from datafree.seeds import derive_seed
 from datafree.spec import Spec
 
 if TYPE_CHECKING:
-    from datafree.models import Parent
+    from datafree.models.parent import Parent
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
 

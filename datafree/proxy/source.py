@@ -25,7 +25,7 @@ from datafree.seeds import derive_seed
 from datafree.spec import Spec
 
 if TYPE_CHECKING:
-    from datafree.models import Parent
+    from datafree.models.parent import Parent
 
 SHARD = 64  # images a shard; part of what an image is, so part of every cache key
 

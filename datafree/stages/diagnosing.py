@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pleas
+from datafree.diagnosis.observe import agreement, watch
+from datafree.diagnosis.ranking import light
+from datafree.diagnosis.spectra import ranks
 from datafree.proxy import ProxySet
-from datafree.proxy.observe import agreement, watch
-from datafree.proxy.spectra import ranks
-from datafree.ranking import light
 from datafree.stages.parents import LoadedParents
 from datafree.stages.work import Work
 

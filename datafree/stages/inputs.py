@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 import pleas
-from datafree.evaluate import Task, check_tasks, load_task
-from datafree.images import ImageSet, load_images
+from datafree.evaluation.evaluate import Task, check_tasks, load_task
+from datafree.images.image_set import ImageSet, load_images
 from datafree.proxy import ProxySet, ProxySpec, build_proxies
 from datafree.proxy.settle import images_until_settled
 from datafree.seeds import derive_seed

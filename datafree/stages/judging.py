@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 import pleas
-from datafree.evaluate import Columns, Evaluation, TaskScore, evaluate, parent_columns
-from datafree.preprocess import Preprocess
-from datafree.results import Kind, Point, Row
+from datafree.cache.store import Stage, content_hash
+from datafree.evaluation.evaluate import Columns, Evaluation, TaskScore, evaluate, parent_columns
+from datafree.evaluation.results import Kind, Point, Row
+from datafree.images.preprocess import Preprocess
 from datafree.stages.inputs import EvaluationSet
 from datafree.stages.merging import Merged
 from datafree.stages.parents import LoadedParents
 from datafree.stages.work import Work
-from datafree.store import Stage, content_hash
 
 Curves = Mapping[Point, list[dict[str, float | None]]]  # seconds of refining, task average, joint accuracy
 

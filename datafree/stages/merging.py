@@ -12,17 +12,17 @@ from typing import Any
 import torch
 
 import pleas
-from datafree.artefact import portable
-from datafree.images import ImageSet
+from datafree.artefact.save import portable
+from datafree.cache.store import Stage
+from datafree.evaluation.results import Point
+from datafree.images.image_set import ImageSet
 from datafree.progress import StageProgress
-from datafree.results import Point
 from datafree.stages.inputs import Inputs, image_inputs
 from datafree.stages.parents import LoadedParents, has_batch_norm
 from datafree.stages.work import Work
-from datafree.store import Stage
-from pleas.cost import output_places
+from pleas.plan.cost import output_places
 from pleas.refine import Snapshot
-from pleas.solve import check_rows as pleas_check_rows
+from pleas.solve.equations import check_rows as pleas_check_rows
 from pleas.symmetry import identity
 
 

@@ -11,12 +11,12 @@ from torch import Tensor
 
 import pleas
 from datafree.errors import UsageError
-from datafree.evaluate import Columns, merged_columns
-from datafree.models import Parent, load_parent
-from datafree.preprocess import Preprocess
-from datafree.recipe import RecipeFile
+from datafree.evaluation.evaluate import Columns, merged_columns
+from datafree.images.preprocess import Preprocess
+from datafree.models.parent import Parent, load_parent
+from datafree.recipe.file import RecipeFile
 from datafree.stages.work import Work
-from pleas.layers import BATCH_NORM
+from pleas.layers.layer import BATCH_NORM
 
 
 @dataclass(frozen=True)

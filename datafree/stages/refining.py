@@ -11,17 +11,18 @@ import torch
 from torch import Tensor, nn
 
 import pleas
+from datafree.cache.store import Stage, content_hash
 from datafree.proxy import ProxySet
 from datafree.proxy.augment import augment_lightly
 from datafree.proxy.build import common_input
-from datafree.proxy.inversion import InversionSpec, Opponent, images_in_dispute
+from datafree.proxy.kinds.inversion import InversionSpec, Opponent, images_in_dispute
 from datafree.proxy.source import Request
-from datafree.recipe import FreshSpec, RecipeFile, RefineSpec
+from datafree.recipe.file import RecipeFile
+from datafree.recipe.schema import FreshSpec, RefineSpec
 from datafree.seeds import derive_seed
 from datafree.stages.merging import Merged
 from datafree.stages.parents import LoadedParents
 from datafree.stages.work import Work
-from datafree.store import Stage, content_hash
 from pleas.refine import (
     Augment,
     Features,

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 import pleas
-from datafree.cache_limit import limit_bytes
+from datafree.cache.limit import limit_bytes
+from datafree.cache.store import DamagedStage, Stage, Store, cache_folder, stage_key
 from datafree.errors import UsageError
+from datafree.evaluation.results import Point
 from datafree.progress import StageProgress
-from datafree.recipe import RecipeFile
-from datafree.results import Point
+from datafree.recipe.file import RecipeFile
 from datafree.seeds import derive_seed
-from datafree.store import DamagedStage, Stage, Store, cache_folder, stage_key
 
 
 @dataclass(frozen=True)

@@ -12,15 +12,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from pleas.average import mean_of_owners
 from pleas.errors import InputError
 from pleas.evidence import Evidence
-from pleas.layers import Layer
-from pleas.layout import Layout
+from pleas.layers.layer import Layer
+from pleas.network.average import mean_of_owners
+from pleas.network.widen import Layouts
 from pleas.parents import Parents
-from pleas.plan import Plan
+from pleas.plan.layout import Layout
+from pleas.plan.plan import Plan
 from pleas.symmetry import execute
-from pleas.widen import Layouts
 
 STAGES = 4
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)

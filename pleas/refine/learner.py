@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from pleas.layers import CONVOLUTION
+from pleas.layers.layer import CONVOLUTION
 from pleas.refine.norms import use_batch_statistics
 from pleas.refine.settings import RefineSettings
 

@@ -19,8 +19,8 @@ from pleas.symmetry.apply import (
     random,
 )
 from pleas.symmetry.copies import plain, unwrap
+from pleas.symmetry.export import Program, execute, export_program, logits_of, state_of
 from pleas.symmetry.gate import check_gate, run_gate
-from pleas.symmetry.graph import Program, execute, export_program, logits_of, state_of
 from pleas.symmetry.groups import Axis, DimUnits, Symmetry, UnitClass, Unlisted, coupled
 from pleas.symmetry.rules import supported_ops
 from pleas.symmetry.table import build

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 if TYPE_CHECKING:
-    from pleas.symmetry.graph import Program
+    from pleas.symmetry.export import Program
 
 aten = torch.ops.aten
 

@@ -10,10 +10,10 @@ from torch import nn
 
 from pleas.errors import UnsupportedModel
 from pleas.symmetry.blocks import ROOT
+from pleas.symmetry.forest import Forest, solve
 from pleas.symmetry.groups import Axis, DimUnits, Symmetry, UnitClass, Unlisted
 from pleas.symmetry.labels import BILINEAR, Ledger
 from pleas.symmetry.program import Program, named_tensors, state_of
-from pleas.symmetry.solve import Forest, solve
 from pleas.symmetry.tracking import Tracked, track
 from pleas.symmetry.widening import obstacles
 

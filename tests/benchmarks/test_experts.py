@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from benchmarks.pairs.experts import Expert, moved, weights
+from datafree.cache.store import CACHE_VARIABLE
 from datafree.spec import DATA_VARIABLE
-from datafree.store import CACHE_VARIABLE
 
 TOY = Expert("toy", "x_train", seed=1, classes=("x", "y"), side=8, epochs=1, batch=8)
 

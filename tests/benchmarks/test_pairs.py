@@ -16,9 +16,9 @@ from benchmarks.mobilenet import mobilenet025
 from benchmarks.pairs import PAIRS, Ensemble, Group, Task, accuracy, average, plain_average
 from benchmarks.pairs.data import data_folder, mixed
 from datafree.errors import UsageError
-from datafree.images import content_hash
-from datafree.models import Parent
-from datafree.preprocess import Preprocess
+from datafree.images.image_set import content_hash
+from datafree.images.preprocess import Preprocess
+from datafree.models.parent import Parent
 from datafree.spec import DATA_VARIABLE
 
 PREPROCESS = Preprocess((2, 2), (0.0,), (1.0,))

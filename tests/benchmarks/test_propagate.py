@@ -19,8 +19,8 @@ from benchmarks.common import changed_settings
 from benchmarks.pairs import Group, Task, accuracy
 from benchmarks.propagate import Case, main, table
 from datafree.errors import UsageError
-from datafree.models import Parent
-from datafree.preprocess import Preprocess
+from datafree.images.preprocess import Preprocess
+from datafree.models.parent import Parent
 
 PREPROCESS = Preprocess((6, 6), (0.5,), (0.25,))
 

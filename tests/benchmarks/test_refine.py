@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from benchmarks.common import pair_of, plain_average
 from benchmarks.refine import Case, starts
-from datafree.recipe import parse_recipe
+from datafree.recipe.file import parse_recipe
 
 RECIPE = """
 name: toy

@@ -10,8 +10,8 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
+from datafree.cache.store import CACHE_VARIABLE
 from datafree.cli import main
-from datafree.store import CACHE_VARIABLE
 from tests.datafree.tiny import Tiny, make_tiny
 
 

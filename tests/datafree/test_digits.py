@@ -10,10 +10,10 @@ import torch
 
 import pleas
 from datafree import digits
+from datafree.cache.store import CACHE_VARIABLE
 from datafree.errors import RunError, UsageError
-from datafree.evaluate import TaskSpec, evaluate, load_task, merged_columns, parent_columns
-from datafree.models import Parent, ParentSpec, load_parent
-from datafree.store import CACHE_VARIABLE
+from datafree.evaluation.evaluate import TaskSpec, evaluate, load_task, merged_columns, parent_columns
+from datafree.models.parent import Parent, ParentSpec, load_parent
 
 QUICK = dataclasses.replace(digits.EXPERTS["low"], epochs=1)
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from datafree.cache.store import CACHE_VARIABLE
 from datafree.cli import main
-from datafree.store import CACHE_VARIABLE
 from tests.datafree.tiny import make_tiny
 
 STAGES = "interrupted: the stages and proxy images that were finished are kept in {cache}"

@@ -14,13 +14,13 @@ from click.testing import CliRunner, Result
 
 import datafree
 import pleas
+from datafree.cache.store import CACHE_VARIABLE, Stage
 from datafree.cli import main
 from datafree.commands.plan import plan_text
 from datafree.errors import UsageError
 from datafree.pipeline import Outcome, run
-from datafree.recipe import load_recipe
+from datafree.recipe.file import load_recipe
 from datafree.stages import AllParents, begin, load_parents, load_tasks, make_proxies
-from datafree.store import CACHE_VARIABLE, Stage
 from tests.datafree.tiny import Tiny, make_tiny
 
 ORACLE = ("oracle.count=64", "oracle.images.digits={split: train}")

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 import datafree
-from datafree.charts import refine_chart
+from datafree.cache.store import CACHE_VARIABLE, Store
 from datafree.pipeline import run
-from datafree.recipe import RefineSpec, load_recipe
+from datafree.recipe.file import load_recipe
+from datafree.recipe.schema import RefineSpec
+from datafree.report.charts import refine_chart
 from datafree.stages.refining import AUGMENT, _joined, _parted
-from datafree.store import CACHE_VARIABLE, Store
 from pleas.refine import RefineSettings
 from tests.datafree.tiny import Tiny, make_tiny
 

@@ -12,12 +12,12 @@ from click.testing import CliRunner
 
 import datafree
 import pleas
+from datafree.cache.store import CACHE_VARIABLE
 from datafree.cli import main
 from datafree.errors import UsageError
 from datafree.pipeline import Outcome, run
-from datafree.recipe import RecipeFile
+from datafree.recipe.file import RecipeFile
 from datafree.stages import AllParents, begin, load_parents
-from datafree.store import CACHE_VARIABLE
 from tests.datafree.tiny import Tiny, make_tiny
 
 PREPROCESS = "preprocess: {size: 8, mean: [0.3], std: [0.4]}"

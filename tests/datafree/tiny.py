@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from datafree.recipe import RecipeFile, load_recipe
-from datafree.references import build_model
+from datafree.recipe.file import RecipeFile, load_recipe
+from datafree.references.registry import build_model
 
 NETWORK = '''\
 """A small residual network with batch norm, as a user would write it."""

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from datafree.models import Parent
+from datafree.models.parent import Parent
 from datafree.proxy import ProxySet
 from datafree.proxy.augment import augment_lightly
 

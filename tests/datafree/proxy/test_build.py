@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from datafree.errors import UsageError
-from datafree.images import content_hash
-from datafree.models import Parent
+from datafree.images.image_set import content_hash
+from datafree.models.parent import Parent
 from datafree.proxy import (
     SHARD,
     SOURCES,

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from datafree.errors import UsageError
-from datafree.models import Parent
+from datafree.models.parent import Parent
 from datafree.proxy import ProxySet, contact_sheet, export_folder
 
 Build = Callable[..., ProxySet]

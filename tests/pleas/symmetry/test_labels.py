@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pleas.symmetry.algebra import Algebra, compact, move, reshape
-from pleas.symmetry.graph import export_program, state_of
+from pleas.symmetry.export import export_program, state_of
 from pleas.symmetry.labels import Ledger, Val, mix, positions, relate, salt_of, squash, tell_apart
 from pleas.symmetry.tracking import track
 from tests.cases import Case

@@ -1,0 +1,1 @@
+"""What is kept between runs: finished stages and proxies, within a limit of disk space."""

@@ -1,0 +1,1 @@
+"""How like real images the proxies are, as far as the parents can tell."""

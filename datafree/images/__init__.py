@@ -1,0 +1,1 @@
+"""Images from folders, arrays, tars and torchvision, and how they become a network's input."""

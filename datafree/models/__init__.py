@@ -1,0 +1,1 @@
+"""A parent: its architecture, filled with the weights of a checkpoint."""

@@ -1,0 +1,1 @@
+"""The kinds of proxies, one file each, and what only they need."""

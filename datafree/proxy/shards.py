@@ -1,0 +1,195 @@
+"""Shards on disk: content-addressed, written atomically, verified on every read.
+
+    CACHE/proxy/KIND/KEY/manifest.json             key; per shard sha256, images, seconds, facts
+    CACHE/proxy/KIND/KEY/shard-00000.safetensors   `images`: uint8 (n, channels, height, width)
+
+KEY is the hash of everything the pixels depend on. A shard counts as present when the manifest lists it and
+the file has the listed sha256; anything else is made again, and said. Several processes may fill one
+folder: each shard is made under its own lock, and a process that finds a shard taken goes on to the next
+missing one. Above the cache's size limit (`cache_limit`), shards that were not used for longest are dropped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from datafree.cache.limit import trim, used
+from datafree.errors import RunError, UsageError
+from datafree.proxy.source import SHARD, Shard
+
+SCHEMA = 1  # layout of the cache folder; raised when older folders can no longer be read
+
+
+def canonical(value: object) -> str:
+    """JSON with sorted keys and no spaces: one text, hence one hash, for one meaning."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def digest(value: object) -> str:
+    return hashlib.sha256(canonical(value).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    """One verified shard: where it lies, the sha256 of the file, and what the manifest says of it."""
+
+    path: Path
+    sha256: str
+    images: int
+    seconds: float
+    facts: Mapping[str, Any]
+
+    def read(self) -> Tensor:
+        """uint8 (n, channels, height, width). Raises RunError when the file changed since it was listed."""
+        images = _read(self.path, self.sha256)
+        if isinstance(images, str):
+            raise RunError(
+                f"the proxy shard {self.path} {images} while it was in use: run again, it will be rebuilt"
+            )
+        return images
+
+
+class ShardFolder:
+    """The shards of one source under one key."""
+
+    def __init__(self, root: Path, kind: str, key: Mapping[str, Any]) -> None:
+        self.key = digest(key)
+        self._root = root
+        self.path = root / "proxy" / kind / self.key[:24]
+        self._described = dict(key)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            probe = self.path / f".probe-{os.getpid()}"
+            probe.write_bytes(b"")
+            probe.unlink()
+        except OSError as error:
+            raise UsageError(
+                f"the cache folder {self.path} cannot be written ({error.strerror}): free space, "
+                "change its permissions, or name another cache folder"
+            ) from error
+
+    def fill(
+        self,
+        count: int,
+        make: Callable[[int], Shard],
+        progress: Callable[[int], None],
+    ) -> tuple[list[ShardFile], list[str]]:
+        """The shards that hold the first `count` images, the missing ones made now; a note per one replaced.
+
+        progress: called after each with the number of shards that are ready
+        Raises RunError when the disk is full.
+        """
+        wanted = range(-(-count // SHARD))
+        ready: dict[int, ShardFile] = {}
+        notes: list[str] = []
+        for patient in (False, True):  # first what nobody else is making, then wait for the others
+            for index in wanted:
+                if index in ready:
+                    continue
+                try:
+                    with FileLock(self._name(index).with_suffix(".lock"), timeout=-1 if patient else 0):
+                        ready[index] = self._verified(index, notes) or self._make(index, make)
+                        used(self._root, ready[index].path)
+                except Timeout:
+                    continue
+                progress(len(ready))
+        trim(self._root)
+        return [ready[index] for index in wanted], notes
+
+    def _name(self, index: int) -> Path:
+        return self.path / f"shard-{index:05d}.safetensors"
+
+    def _manifest(self) -> dict[str, Any]:
+        empty = {"schema": SCHEMA, "key": self._described, "shards": {}}
+        try:
+            manifest = json.loads((self.path / "manifest.json").read_text(encoding="utf-8"))
+        except (FileNotFoundError, json.JSONDecodeError):
+            return empty
+        same = isinstance(manifest, dict) and manifest.get("key") == json.loads(canonical(self._described))
+        return manifest if same else empty  # a foreign manifest vouches for nothing here
+
+    def _verified(self, index: int, notes: list[str]) -> ShardFile | None:
+        path = self._name(index)
+        entry = self._manifest()["shards"].get(str(index))
+        if entry is None:
+            if path.exists():
+                notes.append(f"rebuilt {path}: the manifest beside it does not list it")
+            return None
+        images = _read(path, entry["sha256"])
+        if isinstance(images, str):
+            notes.append(f"rebuilt {path}: it {images}")
+            return None
+        return ShardFile(path, entry["sha256"], entry["images"], entry["seconds"], entry["facts"])
+
+    def _make(self, index: int, make: Callable[[int], Shard]) -> ShardFile:
+        started = time.perf_counter()
+        shard = make(index)
+        seconds = time.perf_counter() - started
+        data = save({"images": shard.images.contiguous()})
+        entry = {
+            "sha256": hashlib.sha256(data).hexdigest(),
+            "images": len(shard.images),
+            "seconds": round(seconds, 3),
+            "facts": json.loads(canonical(dict(shard.facts))),  # the same value now as when read again
+            "torch": torch.__version__,
+            "machine": platform.machine(),
+        }
+        _write(self._name(index), data)
+        with FileLock(self.path / "manifest.lock"):
+            manifest = self._manifest()
+            manifest["shards"][str(index)] = entry
+            _write_manifest(self.path, manifest)
+        return ShardFile(
+            self._name(index), entry["sha256"], entry["images"], entry["seconds"], entry["facts"]
+        )
+
+
+def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    text = json.dumps(manifest, indent=1, sort_keys=True, ensure_ascii=False)
+    _write(folder / "manifest.json", text.encode())
+
+
+def fingerprint(shards: Sequence[ShardFile]) -> str:
+    return digest([shard.sha256 for shard in shards])
+
+
+def _read(path: Path, sha256: str) -> Tensor | str:
+    """The shard's images, or what is wrong with the file, as the end of a sentence."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return "is missing"
+    if hashlib.sha256(data).hexdigest() != sha256:
+        return "does not have the sha256 its manifest lists"
+    try:
+        return load(data)["images"]
+    except (SafetensorError, KeyError):
+        return "is not a shard of images"
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Atomic: readers see the old file or the whole new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise RunError(
+            f"the cache file {path} could not be written ({error.strerror}): free space or name another "
+            "cache folder, and run again; finished shards are kept"
+        ) from error

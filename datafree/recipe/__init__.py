@@ -1,0 +1,1 @@
+"""Recipes: the YAML file, its sections, and messages that point at its lines."""

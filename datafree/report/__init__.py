@@ -1,0 +1,1 @@
+"""What people look at: the report page, the model card, their charts."""

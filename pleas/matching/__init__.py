@@ -1,0 +1,1 @@
+"""Which unit of one parent is which unit of another."""

@@ -1,0 +1,1 @@
+"""The merged network: its widened graph, its averaged tensors, its module."""

@@ -1,0 +1,1 @@
+"""The weights: least squares layer by layer, on what the merged network feeds them."""

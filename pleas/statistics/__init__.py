@@ -1,0 +1,1 @@
+"""What the parents do on the inputs: second moments of units, and the positions that rows come from."""
