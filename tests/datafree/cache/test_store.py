@@ -8,13 +8,14 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from datafree.cache.store import (, syntax_without_words
+from datafree.cache.store import (
     DamagedStage,
     Store,
     cache_folder,
     content_hash,
     plain_tensors,
     stage_key,
+    syntax_without_words,
     write_safetensors,
 )
 from datafree.errors import RunError
