@@ -27,6 +27,7 @@ from datafree.stages import (
     check_rows,
     load_oracle,
     load_parents,
+    refine_seed,
     refuse_leak,
     trace_parents,
 )
@@ -144,10 +145,24 @@ def _check_work(
             )
         for _, source, _ in bound:
             work.progress.notes.extend(source.notes)
-        yield "proxies", ", ".join(f"{count} from {spec.model_dump()['kind']}" for spec, _, count in bound)
-        said = _leak(work, bound, tasks)
+        yield "proxies", _counts(bound)
+        said = _leak(work, bound, tasks, "proxy")
         if said:
             yield "leak", said
+    with faults.collected():
+        if recipe.refine is not None and recipe.refine.proxies is not None:
+            with work.recipe.at("refine", "proxies"):
+                further = check_proxies(
+                    recipe.refine.proxies,
+                    list(parents.each),
+                    refine_seed(work),
+                    work.recipe.base,
+                    device=str(work.device),
+                )
+            yield "further proxies", _counts(further)
+            said = _leak(work, further, tasks, "refine", "proxies")
+            if said:
+                yield "leak", said
     with faults.collected():
         networks = trace_parents(work, parents)
         symmetry = networks.symmetry
@@ -170,7 +185,11 @@ def _parents(parents: LoadedParents) -> str:
     return f"{said}, {size} in, {' and '.join(map(str, outputs))} out"
 
 
-def _leak(work: Work, bound: Bound, tasks: EvaluationSet) -> str:
+def _counts(bound: Bound) -> str:
+    return ", ".join(f"{count} from {spec.model_dump()['kind']}" for spec, _, count in bound)
+
+
+def _leak(work: Work, bound: Bound, tasks: EvaluationSet, *section: str) -> str:
     """Compare what image sources will give with the tasks; samples of sets that would take more than seconds.
 
     A sample finds a set that was given twice all but certainly, a few shared images perhaps not; a merge compares all.
@@ -183,7 +202,7 @@ def _leak(work: Work, bound: Bound, tasks: EvaluationSet) -> str:
             continue
         shards = range(-(-min(count, MOST_IMAGES) // SHARD))
         hashes = [digest for number in shards for digest in source.shard(number).facts["hashes"]]
-        refuse_leak(work, "the proxies", hashes, sampled, "proxy", "sources", index)
+        refuse_leak(work, "the proxies", hashes, sampled, *section, "sources", index)
         compared += min(count, len(hashes))
         partly |= len(hashes) < count
     if not compared:
