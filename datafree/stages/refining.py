@@ -94,7 +94,7 @@ def _left(work: Work, one: Merged) -> Merged:
 
 
 def _settings(work: Work, spec: RefineSpec) -> RefineSettings:
-    chosen = spec.model_dump(exclude={"augment", "fresh", "curve"})
+    chosen = spec.model_dump(exclude={"augment", "proxies", "fresh", "curve"})
     rounds = 0 if spec.fresh is None else spec.fresh.rounds
     return RefineSettings(**chosen, renewals=rounds, seed=derive_seed(work.seed, "refine"))
 
