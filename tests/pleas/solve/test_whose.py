@@ -10,6 +10,7 @@ import torch
 import pleas
 from pleas.network.average import mean_of_owners
 from pleas.plan.layout import plain_layout
+from pleas.solve.propagate import held_out
 from tests.merging import (
     SETTINGS,
     difference,
@@ -68,7 +69,7 @@ def test_each_parent_is_the_target_on_its_own_images() -> None:
     x = images("residual")
     both = torch.stack([outputs(parent, x) for parent in relatives("residual")])
     own = both[torch.arange(96) % 2, torch.arange(96)].double()
-    held = pleas.solve.propagate.held_out(96, NEAR.holdout, NEAR.seed)
+    held = held_out(96, NEAR.holdout, NEAR.seed)
     error = (outputs(result.module, x).double() - own)[held].square().sum()
     spread = (own[held] - own[held].mean(0)).square().sum()
     assert result.held_out_error == pytest.approx(float(error / spread), rel=1e-3)
