@@ -306,7 +306,8 @@ class _Walk:
         widened = self.layouts.widened(node)
         if self.shares is None or node not in self.follows:
             return mean_of_owners(values, widened)
-        dim = batch_dim(node)
+        several = isinstance(node.meta["val"], tuple | list)  # a norm, which gives its statistics, too
+        dim = batch_dim(node.args[0] if several else node)  # type: ignore[arg-type]
         shape = [-1 if d == dim else 1 for d in range(values[0].dim())]
         share = self.shares[self.starts[c] : self.starts[c + 1]]
         share = share.repeat_interleave(max(1, values[0].shape[dim] // len(share)), 0).to(values[0])
