@@ -36,7 +36,7 @@ class Entry:
     seconds: wall time; what was found in the cache took none
     rows:    one per network, JSON-able    error: what went wrong, "" where it is done
     scores:  what the parents said of the proxies, without any label
-    trace:   where a bug was raised
+    trace:   where a bug was raised        notes: what the cell's own report says beside its numbers
     """
 
     cell: str
@@ -50,6 +50,7 @@ class Entry:
     timings: Mapping[str, float] = field(default_factory=dict)
     error: str = ""
     trace: str = ""
+    notes: Sequence[str] = field(default_factory=list)
 
 
 class Book:
