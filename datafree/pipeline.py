@@ -1,7 +1,7 @@
 """The front door: `run(recipe, out)` reads as the data flow.
 
 recipe -> parents -> images -> symmetry -> proxies -> statistics -> matching -> diagnosis -> plan -> least squares
-       -> refine -> baselines -> oracle -> evaluation -> report
+       -> refine -> comparators -> oracle -> evaluation -> report
 """
 
 from __future__ import annotations
@@ -30,14 +30,15 @@ from datafree.stages import (
     LoadedParents,
     Merged,
     Work,
-    average_weights,
     begin,
+    caution,
     check_refining,
     check_rows,
+    choose_methods,
+    compare_methods,
     evaluate_all,
     exact_arithmetic,
     gather_evidence,
-    has_batch_norm,
     judge_proxies,
     load_oracle,
     load_parents,
@@ -100,6 +101,7 @@ def run(
         networks = trace_parents(work, parents)
         check_rows(work, networks, recipe.recipe.proxy.count)
         check_refining(work, parents, networks)
+        methods = choose_methods(work, networks)
         proxies = make_proxies(work, parents, tasks)
         inputs = proxy_inputs(work, parents, proxies)
         evidence = gather_evidence(work, parents, networks, inputs)
@@ -107,15 +109,16 @@ def run(
         plans = make_plans(work, evidence)
         merged = solve_plans(work, parents, evidence, plans)
         refined = refine_merged(work, parents, evidence, proxies, merged)
-        baselines = average_weights(work, evidence, inputs)
+        compared = compare_methods(work, parents, evidence, methods)
         oracles = merge_real(work, parents, networks, real)
-        caution = _caution(networks.symmetry)
-        rows, curves = evaluate_all(work, parents, tasks, baselines, merged, refined, oracles, caution)
+        cautions = caution(networks, compared)
+        rows, curves = evaluate_all(work, parents, tasks, compared, merged, refined, oracles, cautions)
         with work.progress.stage("report"):
             results = _results(work, parents, networks, proxies, merged, rows)
             seconds = time.perf_counter() - started
             record = _record(work, parents, proxies, real, seconds, command)
             record["proxies"]["diagnosis"] = looks
+            record["compare"] = {one.name: one.told() for one in compared}
             record["refine"] = {
                 one.point.label: {**one.refined, "curve": curves.get(one.point, [])}
                 for one in refined
@@ -127,12 +130,6 @@ def run(
 
 
 # what is said -----------------------------------------------------------------------------------------------
-
-
-def _caution(symmetry: pleas.Symmetry) -> str:
-    if has_batch_norm(symmetry):
-        return "Plain average and permutation only have their batch norms re-estimated on the proxies"
-    return ""
 
 
 def _results(

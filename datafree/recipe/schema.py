@@ -19,6 +19,7 @@ from datafree.images.image_set import ImageSpec
 from datafree.models.parent import BaseSpec, ParentSpec
 from datafree.proxy import ProxySpec
 from datafree.proxy.kinds.inversion import InversionSpec
+from datafree.recipe.comparing import DEFAULT, Compare
 from datafree.spec import Spec
 from pleas.parents import MOST
 
@@ -173,6 +174,8 @@ class Recipe(Spec):
         parent
     labels: "shared" (all parents predict the same classes: one head) or "separate" (one head per parent)
     folder: where relative paths start; the recipe's own folder when absent
+    compare: other methods that make one network of the same parents, for the table: `all`, or a list of names and of
+        mappings, as `[permutation, {method: regmean, off_diagonal: 0.8}]`; `datafree methods` lists them
     license, base_models: for the model cards, as the Hugging Face Hub names them: apache-2.0, [me/a, me/b]
     """
 
@@ -185,6 +188,7 @@ class Recipe(Spec):
     proxy: ProxySection
     merge: MergeSpec
     refine: RefineSpec | None = None
+    compare: Compare = DEFAULT
     evaluate: tuple[TaskSpec, ...] = ()
     oracle: OracleSpec | None = None
     license: str | None = Field(default=None, min_length=1, max_length=100)
