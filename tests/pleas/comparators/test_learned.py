@@ -38,8 +38,8 @@ def case(heads: Heads = "shared") -> Case:
 
 
 def merged(method: FromBase) -> Tensor:
-    random = torch.get_rng_state()
-    found = method(case())
+    given, random = case(), torch.get_rng_state()
+    found = method(given)
     assert torch.equal(torch.get_rng_state(), random)
     assert torch.is_grad_enabled()
     assert isinstance(found, nn.Module)
