@@ -18,7 +18,7 @@ from pleas.symmetry import execute
 
 @dataclass(frozen=True)
 class AdaMerging(FromBase):
-    """A coefficient for every tensor of every task vector, of least entropy (AdaMerging, arXiv 2310.02575, eq. 4).
+    """A coefficient for every tensor of every task vector, of least entropy (AdaMerging, arXiv 2310.02575).
 
     Published on unlabelled test images; here on the proxies. With separate heads every head sees all of them.
 
@@ -63,7 +63,7 @@ class AdaMerging(FromBase):
 
 @dataclass(frozen=True)
 class ConcreteMask(FromBase):
-    """Task arithmetic behind one mask for all tasks, of least entropy (Concrete subspaces, arXiv 2312.06173, eq. 5-8).
+    """Task arithmetic behind one mask for all tasks, of least entropy (Concrete subspaces, arXiv 2312.06173).
 
     The mask is drawn from a Concrete distribution while it is learnt, divided by its mean, and its expectation is kept.
 
@@ -119,7 +119,7 @@ def masked(vector: State, mask: State) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class FwMerging(FromBase):
-    """From task arithmetic, steps towards the parent that lowers the loss most (FW-Merging, arXiv 2503.12649, alg. 1).
+    """From task arithmetic, steps towards the parent that lowers the loss most (FW-Merging, arXiv 2503.12649).
 
     The loss is published as cross-entropy on labelled training images; here on the proxies with each parent's own
     answers as labels. A step goes towards the parent, or the start, whose weights have the least sum over tensors of

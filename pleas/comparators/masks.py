@@ -66,7 +66,7 @@ def _normalised(rows: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Consensus(FromBase):
-    """The sum of task vectors where it serves several tasks (Consensus of TALL masks, arXiv 2405.07813, eq. 3, 5).
+    """The sum of task vectors where it serves several tasks (Consensus of TALL masks, arXiv 2405.07813).
 
     An entry of the sum s serves parent p where |v_p| > threshold * |s - v_p|.
 
@@ -103,7 +103,7 @@ def consensus(vectors: Vectors, threshold: float, agree: int, scale: float) -> d
 
 @dataclass(frozen=True)
 class Widen(FromBase):
-    """Task vectors weighted by how much they turn and stretch each input's weights (WIDEN, arXiv 2408.03092, eq. 2-7).
+    """Task vectors weighted by how much they turn and stretch each input's weights (WIDEN, arXiv 2408.03092).
 
     above: an input that ranks above this multiple of its parent's mean counts in full
     full:  what counting in full is

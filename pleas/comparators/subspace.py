@@ -35,7 +35,7 @@ def is_matrix(value: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class IsoC(FromBase):
-    """The sum of task vectors with all singular values at their mean (Iso-C, arXiv 2502.04959, eq. 6-7).
+    """The sum of task vectors with all singular values at their mean (Iso-C, arXiv 2502.04959).
 
     scale: of the merged task vector
     """
@@ -63,7 +63,7 @@ def iso_c(vectors: Vectors) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class TsvMerge(FromBase):
-    """The first singular vectors of every task, made orthogonal to each other (TSV-Merge, arXiv 2412.00081, alg. 1).
+    """The first singular vectors of every task, made orthogonal to each other (TSV-Merge, arXiv 2412.00081).
 
     scale: of the merged task vector
     """
@@ -113,7 +113,7 @@ def nearest_orthogonal(matrix: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Wudi(FromBase):
-    """The task vector whose difference from each lies least in that one's row space (WUDI, arXiv 2503.08099, eq. 12).
+    """The task vector whose difference from each lies least in that one's row space (WUDI, arXiv 2503.08099).
 
     Minimises sum_p ||(v - v_p) v_p^T||^2 / ||v_p||^2 from v = sum_p v_p, by Adam.
 
@@ -159,7 +159,7 @@ def adam(start: Tensor, gradient: Callable[[Tensor], Tensor], steps: int, rate: 
 
 @dataclass(frozen=True)
 class Doge(FromBase):
-    """Task vectors moved together out of what they share, largest entries scaled (DOGE, arXiv 2501.01230, eq. 8-11).
+    """Task vectors moved together out of what they share, largest entries scaled (DOGE, arXiv 2501.01230).
 
     With l_p = size / ||v_p|| in every layer: d minimises sum_p ||rows of v_p * (v_p - sum_q l_q (v_q + d))||^2 by Adam,
     its gradient projected off the first left singular vectors of all tasks; sum_p l_p keep(v_p + d) is merged.

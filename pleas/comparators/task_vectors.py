@@ -71,7 +71,7 @@ def ties(vectors: Vectors, keep: float, scale: float) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Dare(FromBase):
-    """Entries of task vectors dropped at random, the others enlarged, then summed (DARE, arXiv 2311.03099, eq. 2-4).
+    """Entries of task vectors dropped at random, the others enlarged, then summed (DARE, arXiv 2311.03099).
 
     drop:  chance of an entry to be dropped; the others are divided by 1 - drop
     scale: of the sum
@@ -105,7 +105,7 @@ def dare(vectors: Vectors, drop: float, scale: float, seed: int) -> dict[str, Te
 
 @dataclass(frozen=True)
 class Breadcrumbs(FromBase):
-    """Task vectors without their smallest and largest entries, summed (Model Breadcrumbs, arXiv 2312.06795, eq. 1-3).
+    """Task vectors without their smallest and largest entries, summed (Model Breadcrumbs, arXiv 2312.06795).
 
     low, high: entries of a layer's tensor are kept whose magnitude ranks between these shares
     scale:     of the sum
@@ -141,7 +141,7 @@ def breadcrumbs(vectors: Vectors, low: float, high: float, scale: float) -> dict
 
 @dataclass(frozen=True)
 class Lines(FromBase):
-    """The sum of task vectors, scaled more the deeper the layer (LiNeS, arXiv 2410.17146, eq. 3).
+    """The sum of task vectors, scaled more the deeper the layer (LiNeS, arXiv 2410.17146).
 
     layer l of L is scaled by first + rise * (l - 1) / (L - 1). Published for the blocks of transformers; here every
     layer is one.

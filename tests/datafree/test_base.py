@@ -83,8 +83,21 @@ def test_what_its_section_got_wrong_is_said_there(tiny: Tiny) -> None:
         tiny.load(BASE.replace("weights:", "preprocess: {size: 8}, weights:"))
 
 
+def test_methods_of_task_vectors_are_refused_without_a_base_and_checked_with_one(tiny: Tiny) -> None:
+    result = checked(tiny, "compare=[average, ties]")
+    assert result.exit_code == 2
+    assert (
+        "compare.1: TIES cannot run: it needs the network that all parents were fine-tuned from: give `base`"
+        in result.stderr
+    )
+    result = checked(tiny, "compare=[average, {method: ties, keep: 0.3}]", BASE)
+    assert result.exit_code == 0, result.output
+    assert "ok  compare    plain average, TIES (keep 0.3)" in result.output
+
+
 def test_siblings_keep_their_units_and_the_record_names_the_base(tiny: Tiny, tmp_path: Path) -> None:
-    recipe = tiny.load(BASE, "merge.budgets=[1.0]", "evaluate=[]", "proxy.count=32")
+    methods = "compare=[task_arithmetic, iso_c, {method: adamerging, steps: 2}]"
+    recipe = tiny.load(BASE, methods, "merge.budgets=[1.0]", "evaluate=[]", "proxy.count=32")
     outcome = run(recipe, tmp_path / "out", device="cpu")
     assert (
         "a common base: all 12 units are best where they are, and none was permuted" in outcome.results.notes
@@ -92,5 +105,7 @@ def test_siblings_keep_their_units_and_the_record_names_the_base(tiny: Tiny, tmp
     record = json.loads((tmp_path / "out" / "run.json").read_text())
     assert list(record["parents"]) == ["a", "b"]
     assert record["base"]["weights"] == "base.safetensors"
+    names = [row.name for row in outcome.results.rows if row.kind == "comparator"]
+    assert names == ["task arithmetic", "Iso-C", "AdaMerging (steps 2)"]
     resolved = (tmp_path / "out" / "recipe.resolved.yaml").read_text()
     assert "base.safetensors" in resolved
