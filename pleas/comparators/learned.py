@@ -23,7 +23,7 @@ class AdaMerging(FromBase):
     Published on unlabelled test images; here on the proxies. With separate heads every head sees all of them.
 
     start:       of every coefficient
-    steps, rate: of Adam, as published
+    steps, rate: of Adam; the rate of FusionBench, and for time half of its 1,000 steps
     batch:       proxies of a step
     """
 
@@ -69,7 +69,7 @@ class ConcreteMask(FromBase):
 
     scale:       of the sum of task vectors
     temperature: of the Concrete distribution
-    steps, rate: of Adam, as published
+    steps, rate: of Adam; the rate of FusionBench, and for time half of its 1,000 steps
     batch:       proxies of a step
     """
 
@@ -77,7 +77,7 @@ class ConcreteMask(FromBase):
     needs: ClassVar[frozenset[Need]] = frozenset({"base", "images", "gradients"})
     scale: float = 0.3
     temperature: float = 0.5
-    steps: int = 1000
+    steps: int = 500
     rate: float = 1e-3
     batch: int = 16
 
