@@ -220,10 +220,20 @@ def _record(
     }
 
 
-        refined = refine_merged(
-            work, parents, evidence, [proxies] if more is None else [proxies, more], merged
-        )
-        compared = compare_methods(work, parents, evidence, methods)
+def _sources(proxies: ProxySet) -> list[dict[str, Any]]:
+    return [
+        {
+            "kind": source.kind,
+            "count": source.count,
+            "seconds_per_1000": source.seconds_per_1000,
+            "spec": dict(source.spec),
+            "facts": dict(source.facts),
+        }
+        for source in proxies.manifest
+    ]
+
+
+def _describe(parents: Sequence[Parent]) -> dict[str, Any]:
     return {
         parent.name: {
             "reference": parent.reference,
