@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 import pleas
-from datafree.evaluation.evaluate import BOTH, TaskSpec
+from datafree.evaluation.evaluate import BOTH, Labels, TaskSpec
 from datafree.images.image_set import ImageSpec
 from datafree.models.parent import ParentSpec
 from datafree.proxy import ProxySpec
@@ -70,7 +70,7 @@ class MergeSpec(Spec):
             )
         return self
 
-    def settings(self, labels: Literal["shared", "separate"], seed: int) -> pleas.MergeSettings:
+    def settings(self, labels: Labels, seed: int) -> pleas.MergeSettings:
         return pleas.MergeSettings(
             matching=self.matching,
             allocation=self.allocation,
@@ -169,7 +169,8 @@ class Recipe(Spec):
     """One merge: parents, labels, proxies, settings and how the result is judged.
 
     parents: two or more of one architecture, by names of your choice
-    labels: "shared" (all parents predict the same classes: one head) or "separate" (one head per parent)
+    labels: "shared" (all parents predict the same classes: one head), "separate" (one head per parent) or "union" (one
+            head over the classes of all parents, joined by name)
     folder: where relative paths start; the recipe's own folder when absent
     license, base_models: for the model cards, as the Hugging Face Hub names them: apache-2.0, [me/a, me/b]
     """
@@ -178,7 +179,7 @@ class Recipe(Spec):
     seed: int = Field(default=0, ge=0)
     folder: str | None = None
     parents: dict[str, ParentSpec]
-    labels: Literal["shared", "separate"] = "shared"
+    labels: Labels = "shared"
     proxy: ProxySection
     merge: MergeSpec
     refine: RefineSpec | None = None

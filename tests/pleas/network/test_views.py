@@ -100,7 +100,12 @@ def rms() -> nn.Module:
 def grn() -> nn.Module:
     """Layer norms over channels, and global response norms."""
     return timm.models.ConvNeXt(
-        num_classes=5, depths=(0, 1, 0, 1), dims=(8, 8, 12, 12), patch_size=2, use_grn=True, ls_init_value=None
+        num_classes=5,
+        depths=(0, 1, 0, 1),
+        dims=(8, 8, 12, 12),
+        patch_size=2,
+        use_grn=True,
+        ls_init_value=None,
     )
 
 

@@ -605,7 +605,7 @@ def test_loss_is_the_mean_over_heads_of_its_formula() -> None:
     heads = [by_hand(output[:, :3], target[:, :3], 2.0), by_hand(output[:, 3:], target[:, 3:], 2.0)]
     error = float((output - target).square().mean())
     expected = sum(heads) / 2 + 0.3 * error + 0.5 * by_hand(output, target, 2.0)
-    objective = Objective(heads_of({"a": 3, "b": 2}, shared=False), "logits", settings)
+    objective = Objective(heads_of({"a": 3, "b": 2}, "separate"), "logits", settings)
     assert float(objective(output, target)) == pytest.approx(expected, rel=1e-5)
     assert float(objective(target, target)) == pytest.approx(0, abs=1e-6)
 
