@@ -115,7 +115,8 @@ MODELS: dict[str, Callable[[], nn.Module]] = {"pooled": Pooled, "rms": rms, "grn
 @cache
 def evidence(name: str, count: int) -> tuple[Evidence, Tensor]:
     built = [randomise(MODELS[name]().eval(), torch.Generator().manual_seed(seed)) for seed in range(count)]
-    x = torch.randn(48, 3, 16, 16, generator=torch.Generator().manual_seed(5))
+    side = 32 if name == "grn" else 16
+    x = torch.randn(48, 3, side, side, generator=torch.Generator().manual_seed(5))
     return pleas.gather(Parents.of(built, x[:2], SETTINGS), list(x.split(24))), x
 
 
