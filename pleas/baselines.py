@@ -28,7 +28,8 @@ class Ensemble(nn.Module):
         outputs: Sequence[Sequence[int]] | None = None,
     ) -> None:
         super().__init__()
-        self.parents, self.heads, self.outputs = nn.ModuleList(parents), heads, outputs
+        self.parents, self.outputs = nn.ModuleList(parents), outputs
+        self.heads: Heads = heads
 
     def forward(self, x: Tensor, *others: Tensor) -> Tensor:
         """others: the images as the second and further parents see them, where they normalise differently."""
