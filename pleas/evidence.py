@@ -56,7 +56,7 @@ class Evidence:
     @cached_property
     def contradictions(self) -> tuple[Contradiction, ...]:
         """Where one parent outvotes another on that one's own images; only parents of one head can."""
-        if self.parents.settings.heads == "separate" or self.domains is None:
+        if self.parents.settings.heads != "shared" or self.domains is None:
             return ()
         return self.domains.contradictions
 

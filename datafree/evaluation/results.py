@@ -8,7 +8,7 @@ from importlib.metadata import version
 from typing import Any, Literal
 
 import pleas
-from datafree.evaluation.evaluate import Evaluation
+from datafree.evaluation.evaluate import Evaluation, Labels
 
 Kind = Literal["parent", "ensemble", "baseline", "comparator", "merged", "refined", "oracle"]
 
@@ -88,7 +88,7 @@ class Results:
 
     name: str
     fingerprint: str
-    labels: Literal["shared", "separate"]
+    labels: Labels
     tasks: tuple[str, ...]
     rows: tuple[Row, ...]
     layers: Mapping[Point, tuple[pleas.LayerEvidence, ...]]

@@ -10,7 +10,15 @@ from torch import Tensor, nn
 
 import pleas
 from datafree.cache.store import Stage, content_hash
-from datafree.evaluation.evaluate import Columns, Evaluation, TaskScore, evaluate, parent_columns
+from datafree.evaluation.evaluate import (
+    Columns,
+    Evaluation,
+    Labels,
+    TaskScore,
+    evaluate,
+    parent_columns,
+    places_of,
+)
 from datafree.evaluation.results import Kind, Point, Row
 from datafree.images.preprocess import Preprocess
 from datafree.stages.comparing import Compared
@@ -25,9 +33,10 @@ Curves = Mapping[Point, list[dict[str, float | None]]]  # seconds of refining, t
 class AllParents(nn.Module):
     """The ensemble as a network of the merged network's input, whatever the parents' own normalisation."""
 
-    def __init__(self, parents: LoadedParents, labels: str) -> None:
+    def __init__(self, parents: LoadedParents, labels: Labels) -> None:
         super().__init__()
-        self.ensemble = pleas.Ensemble(*(parent.module for parent in parents.each), heads=labels)
+        modules = [parent.module for parent in parents.each]
+        self.ensemble = pleas.Ensemble(*modules, heads=labels, outputs=parents.places)
         for number, parent in enumerate(parents.each):
             own, common = parent.preprocess, parents.input
             slope = torch.tensor(common.std) / torch.tensor(own.std)
@@ -156,7 +165,7 @@ class Judge:
             "network": pleas.program_config(module)
             or f"{type(module).__module__}.{type(module).__qualname__}",
             "parents": self.parents.fingerprint,
-            "columns": {name: [head.start, head.stop] for name, head in columns.items()},
+            "columns": {name: places_of(head) for name, head in columns.items()},
             "preprocess": preprocess.to_dict(),
             "tasks": self.tasks.fingerprint,
             "agreement": sorted(self.parent_scores),

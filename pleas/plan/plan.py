@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pleas.errors import InputError
 from pleas.evidence import Evidence
+from pleas.heads import plan_of_heads
 from pleas.plan.cost import FlopModel
 from pleas.plan.fusing import Split
 from pleas.plan.layout import ClassPlan, everyone
@@ -115,16 +116,15 @@ def _check(budget: float | None, apart: float | None, parents: int) -> None:
 
 
 def _outputs(evidence: Evidence) -> ClassPlan | None:
-    """The merged outputs where the parents do not share all of theirs: one head per parent."""
+    """The merged outputs where the parents do not share all of theirs: one head per parent, or a union."""
     parents = evidence.parents
-    if parents.settings.heads == "shared":
+    settings = parents.settings
+    if settings.heads == "shared":
         return None
     if len(parents.symmetry.output) != 1:
-        raise InputError("separate heads need a model with one output layer; use heads='shared'")
+        raise InputError(f"{settings.heads} heads need a model with one output layer; use heads='shared'")
     sizes = [parents.outputs(p) for p in range(parents.count)]
-    masks = torch.cat([torch.full((size,), 1 << p) for p, size in enumerate(sizes)])
-    sources = torch.cat([torch.arange(size) for size in sizes]).expand(parents.count, -1)
-    return ClassPlan(masks, sources, sizes[0], tuple(sizes))
+    return plan_of_heads(settings.heads, sizes, settings.outputs)
 
 
 @dataclass(frozen=True)
