@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 __all__ = ["Artefact", "__version__", "load", "run", "save"]
 
 _HOME = {
-    "Artefact": "artefact.artefact",
-    "load": "artefact.artefact",
-    "save": "artefact.artefact",
+    "Artefact": "artefact.load",
+    "load": "artefact.load",
+    "save": "artefact.save",
     "run": "pipeline",
 }
 
@@ -38,3 +38,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'datafree' has no attribute {name!r}")
     return getattr(importlib.import_module(f"datafree.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
