@@ -16,7 +16,7 @@ from pleas.statistics.collect import Batch, Progress, Statistics, collect
 from pleas.symmetry import Permutation, permute_state
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Evidence:
     """The parents in one common order of units, and the proxies that say so.
 
@@ -28,6 +28,9 @@ class Evidence:
     inputs: Iterable[Batch]
     statistics: Statistics
     alignments: tuple[Permutation, ...]
+
+    def __repr__(self) -> str:
+        return f"Evidence({self.statistics.images} images, {self.parents!r})"
 
     @cached_property
     def states(self) -> tuple[dict[str, Tensor], ...]:

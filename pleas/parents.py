@@ -20,7 +20,7 @@ DEFAULTS = MergeSettings()
 MOST = 16  # parents: owners are bits of a mask, and moments grow with the square
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Parents:
     """Two or more networks of one architecture, and its permutation symmetry.
 
@@ -62,6 +62,10 @@ class Parents:
         notes = check_forwards(symmetry.program, frozen, example, names)
         notes = (*notes, *_not_matched(symmetry, settings), *ensemble_obstacles(symmetry))
         return cls(names, frozen, symmetry, example, settings, notes)
+
+    def __repr__(self) -> str:
+        kind, units = type(self.modules[0]).__name__, sum(c.size for c in self.symmetry.classes)
+        return f"Parents({', '.join(self.names)}: {kind}, {units:,} units in {len(self.symmetry.classes)} classes)"
 
     @property
     def count(self) -> int:

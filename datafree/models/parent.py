@@ -138,7 +138,7 @@ def _load(spec: ParentSpec, name: str, base: Path, probe: bool, progress: Progre
     state = module.state_dict()
     check_finite(state, str(path or spec.model))
     preprocess = _preprocess(spec, blueprint)
-    outputs = _outputs(module, preprocess)
+    outputs = count_outputs(module, preprocess)
     classes = spec.classes or blueprint.classes
     if classes is not None and len(classes) != outputs:
         raise UsageError(
@@ -245,7 +245,7 @@ def _preprocess(spec: ParentSpec, blueprint: Blueprint) -> Preprocess:
     )
 
 
-def _outputs(module: nn.Module, preprocess: Preprocess) -> int:
+def count_outputs(module: nn.Module, preprocess: Preprocess) -> int:
     """Numbers per image that `module` returns, found on fake tensors: shapes only, no arithmetic."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 

@@ -109,7 +109,7 @@ def _timm(name: str, arguments: Mapping[str, Any], base: Path, pretrained: bool)
     module = _call(
         timm.create_model, f"timm:{name}", {"model_name": name, "pretrained": pretrained, **arguments}
     )
-    return Blueprint(module, _timm_preprocess(module, arguments), "timm's pretrained_cfg", trained=pretrained)
+    return Blueprint(module, timm_preprocess(module, arguments), "timm's pretrained_cfg", trained=pretrained)
 
 
 @register("torchvision")
@@ -274,14 +274,14 @@ def _from_timm_folder(folder: Path, rest: str, arguments: Mapping[str, Any]) -> 
     classes = tuple(labels) if isinstance(labels, list | tuple) else None
     return Blueprint(
         module,
-        _timm_preprocess(module, arguments),
+        timm_preprocess(module, arguments),
         f"{folder / 'config.json'}",
         weights=files[0],
         classes=classes,
     )
 
 
-def _timm_preprocess(module: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
+def timm_preprocess(module: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
     config = module.pretrained_cfg
     found = {key: config.get(key) for key in ("mean", "std", "interpolation")}
     size = config.get("input_size")

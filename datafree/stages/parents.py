@@ -86,10 +86,10 @@ def load_parents(work: Work, *, probe: bool = False) -> LoadedParents:
                 work.settings,
                 names=[parent.name for parent in parents],
             )
-            merged_input, notes = _merged_input(parents)
+            common, notes = merged_input(parents)
         _check_labels(recipe, parents)
     said = [f"parent {parent.name}: {note}" for parent in parents for note in parent.notes]
-    return LoadedParents(tuple(parents), merged_input, (*said, *notes))
+    return LoadedParents(tuple(parents), common, (*said, *notes))
 
 
 def _check_labels(recipe: RecipeFile, parents: Sequence[Parent]) -> None:
@@ -114,7 +114,7 @@ def _check_labels(recipe: RecipeFile, parents: Sequence[Parent]) -> None:
             )
 
 
-def _merged_input(parents: Sequence[Parent]) -> tuple[Preprocess, tuple[str, ...]]:
+def merged_input(parents: Sequence[Parent]) -> tuple[Preprocess, tuple[str, ...]]:
     """How images become the merged network's input: the mean of what the parents see.
 
     Where mean and standard deviation differ, the mean of affine maps of a pixel is one affine map again.
