@@ -105,7 +105,7 @@ def test_pixels_are_normalised_as_preprocess_says(pair: Pair) -> None:
 
 
 def test_parents_may_have_names_and_heads_of_their_own(pair: Pair) -> None:
-    named = dict(zip(("clinic", "field"), pair, strict=True))
+    named: dict[str, nn.Module] = dict(zip(("clinic", "field"), pair, strict=True))
     found = datafree.merge(named, inputs(200), count=96, labels="separate", budget=1.2)
     assert len(found.images) == 96
     assert found.parents.names == ("clinic", "field")
