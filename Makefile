@@ -17,7 +17,7 @@ OLDEST_TESTS := tests/test_oldest.py tests/pleas/network/test_counting.py tests/
 	tests/pleas/refine/test_refine.py tests/pleas/test_transformers.py tests/datafree/artefact/test_save_load.py \
 	tests/datafree/test_pipeline.py tests/datafree/proxy
 
-.PHONY: help quickstart test test-all test-oldest lint types format clean
+.PHONY: help quickstart test test-all test-oldest lint types format docs clean
 
 help:
 	@echo "make quickstart   merge two digit networks from inverted images alone; table, artefact and report in $(OUT)"
@@ -25,6 +25,7 @@ help:
 	@echo "make test-all     every test"
 	@echo "make test-oldest  the tests of what is promised of the oldest versions that pyproject.toml allows"
 	@echo "make lint types   ruff and pyright"
+	@echo "make docs         the generated pages, and the documentation as a site in site/"
 	@echo "make format       let ruff format the sources"
 
 quickstart: $(VENV)/.installed-quickstart
@@ -51,6 +52,10 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(VENV)/.installed-docs
+	$(BIN)/python -m datafree.docs
+	$(BIN)/mkdocs build --strict
+
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "datafree needs Python 3.11 or later: make PYTHON=/path/to/python3.11 ...")'
 	$(PYTHON) -m venv $(VENV)
@@ -67,4 +72,4 @@ $(OLDEST)/.installed: pyproject.toml .ci/oldest.py
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis
