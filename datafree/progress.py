@@ -88,7 +88,7 @@ class StageProgress:
 class LineProgress(StageProgress):
     """One line per finished stage, for logs and pipes; and one every so many seconds of a long stage.
 
-    every: seconds between lines    starts: whether a stage is also named when it begins    dated: the time before a line
+    every: seconds between lines    starts: a stage is also named when it begins    dated: the time stands before a line
     """
 
     def __init__(

@@ -90,13 +90,12 @@ def test_commands_are_quiet_talkative_and_keep_a_file(tmp_path: Path) -> None:
         kept = asked("-q", "--log-file", str(log))
         assert isinstance(kept, LoggedProgress)
         with pytest.raises(KeyError), kept, kept.stage("plan"):
-            kept.note("seen")
-            raise KeyError("lost")
+            raise KeyError(kept.note("seen") or "lost")
         assert kept.notes == ["seen"]
     lines = [line[20:] for line in log.read_text().splitlines()]
     assert [line.split("  ")[0] for line in lines[:3]] == ["plan begins", "note: seen", "plan"]
     assert log.read_text().count("stopped: KeyError: 'lost'") == 2
-    with pytest.raises(UsageError, match="--log-file .*cannot be written .*: name another"):
+    with pytest.raises(UsageError, match=r"--log-file .*cannot be written .*: name another"):
         asked("--log-file", str(tmp_path / "none" / "log.txt"))
 
 
