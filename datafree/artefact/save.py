@@ -32,6 +32,7 @@ from datafree.artefact.description import (
     make_heads,
     plan_table,
 )
+from datafree.artefact.timm_config import as_timm
 from datafree.cache.store import content_hash, plain_tensors, write_safetensors
 from datafree.errors import UsageError
 from datafree.folders import new_folder
@@ -123,6 +124,9 @@ def write_model(
     config.
     """
     network = pleas.program_config(module)
+    reference, timm = description.reference or "", {}
+    if network is None and reference.startswith("timm:"):
+        timm = as_timm(module, reference, description.arguments, description.input, description.heads)
     config = {
         ARTEFACT_MARK: version("datafree"),
         "format": FORMAT,
@@ -136,6 +140,7 @@ def write_model(
         "plan": plan_table(result.parents, result.plan),
         **description.details,
         "network": network,
+        **timm,
     }
     tensors = plain_tensors(module.state_dict())
     header = {

@@ -68,16 +68,20 @@ def named_sources(proxies: Any) -> tuple[Any, ...] | None:
             raise UsageError(
                 f"proxies={proxies!r} is no kind of proxies: it is one of {', '.join(sorted(SOURCES))}, or images"
             )
-        return ({"kind": proxies},)
+        return _sections([{"kind": proxies}])
     if isinstance(proxies, Mapping):
         if "kind" not in proxies:
             raise UsageError(
                 "proxies is a mapping without `kind`: give {'kind': 'inversion', 'steps': 200}, or images"
             )
-        return (dict(proxies),)
+        return _sections([dict(proxies)])
     if isinstance(proxies, list | tuple) and proxies and all(isinstance(x, Mapping) for x in proxies):
-        return tuple(dict(x) for x in proxies)
+        return _sections([dict(x) for x in proxies])
     return None
+
+
+def _sections(sources: list[Any]) -> tuple[Any, ...]:
+    return checked(ProxySpec, {"count": 1, "sources": sources}, "proxies").sources
 
 
 def make_images(

@@ -11,6 +11,7 @@ import torch
 
 from datafree.errors import UsageError
 from datafree.progress import StageProgress, progress_on
+from datafree.recipe.complaints import did_you_mean, known_keys
 from datafree.spec import Spec
 from datafree.stages.work import exact_arithmetic
 
@@ -51,7 +52,7 @@ def checked(section: type[Section], given: Any, what: str) -> Section:
         first = error.errors(include_url=False)[0]
         place = "".join(f"[{part!r}]" for part in first["loc"])
         if first["type"] == "extra_forbidden":
-            said = f"unknown key; the keys are {', '.join(sorted(section.model_fields))}"
+            said = f"unknown key{did_you_mean(str(first['loc'][-1]), known_keys(section, first['loc'][:-1]))}"
         else:
             said = str(first.get("ctx", {}).get("error") or first["msg"])
         raise UsageError(f"{what}{place}: {said}") from error

@@ -165,7 +165,7 @@ def _fill(
     """Give the blueprint's module its weights; returns the file they came from, if one did, and notes."""
     if spec.random_weights:
         return None, ("the weights are random, as the recipe says",)
-    if spec.pretrained:
+    if spec.pretrained and blueprint.weights is None:  # else they lie in a file, beside the architecture
         return None, (
             f"published weights of {spec.model}, fetched or from the local cache, as the recipe allows",
         )

@@ -224,7 +224,10 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"proxies": [X, X[..., :4]]}, r"proxies holds images of \(1, 8, 4\) .* give all of them one size"),
     ({"proxies": [(1, X)]}, r"batch 0 of proxies is tuple: give batches x \(N, C, H, W\), or pairs \(x, y\)"),
     ({"proxies": {"count": 3}}, "proxies is a mapping without `kind`"),
-    ({"proxies": {"kind": "inversion", "step": 3}}, r"proxies\['sources'\].*\['step'\]: unknown key"),
+    (
+        {"proxies": {"kind": "inversion", "step": 3}},
+        r"proxies\['sources'\].*\['step'\]: unknown key; did you mean 'steps'",
+    ),
     (
         {"proxies": "inversion"},
         r"parent a does not say how pixels become its input \(size, mean, std unknown\)",
@@ -242,7 +245,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"budget": "1"}, "budget='1': '1' is no number from 1 to 2"),
     ({"budget": 1, "apart": 0.5}, "budget and apart are given together: give one of them"),
     ({"refine": {"steps": 1, "minutes": 1}}, "refine: give `steps` or `minutes`, not both"),
-    ({"refine": {"step": 1}}, r"refine\['step'\]: unknown key; the keys are augment, average"),
+    ({"refine": {"step": 1}}, r"refine\['step'\]: unknown key; did you mean 'steps'"),
     ({"refine": True}, "refine=True: give steps, or keys as"),
     ({"refine": {"curve": 3}}, "refine: curve belongs to a recipe's report: use datafree.run"),
     ({"device": "gpu"}, "--device gpu: give auto, cpu, cuda"),
