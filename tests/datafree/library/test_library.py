@@ -226,7 +226,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"proxies": {"count": 3}}, "proxies is a mapping without `kind`"),
     (
         {"proxies": {"kind": "inversion", "step": 3}},
-        r"proxies\['sources'\].*\['step'\]: unknown key; did you mean 'steps'",
+        r"proxies.*\['step'\]: unknown key; did you mean 'steps'",
     ),
     (
         {"proxies": "inversion"},
