@@ -14,7 +14,6 @@ from datafree.cache.store import content_hash
 from datafree.errors import UsageError
 from datafree.images.preprocess import Preprocess, PreprocessSpec
 from datafree.library.images import AsTheyAre, Images
-from datafree.library.quiet import checked
 from datafree.models.parent import Parent, count_outputs
 from datafree.references.registry import timm_preprocess
 from datafree.stages.parents import LoadedParents, merged_input
@@ -102,18 +101,11 @@ def _parent(name: str, network: Network, given: Any, shape: tuple[int, ...] | No
 def _preprocess(name: str, given: Any, known: Mapping[str, Any]) -> Preprocess:
     if isinstance(given, Preprocess):
         return given
-    said = checked(PreprocessSpec, {} if given is None else given, "preprocess").model_dump(exclude_none=True)
-    values: dict[str, Any] = {"interpolation": "bilinear", **known, **said}
-    missing = [key for key in ("size", "mean", "std") if key not in values]
+    values: dict[str, Any] = {"interpolation": "bilinear", **known, **(given or {})}
+    missing = [key for key in ("size", "mean", "std") if values.get(key) is None]
     if missing:
         raise UsageError(
             f"parent {name} does not say how pixels become its input ({', '.join(missing)} unknown): give "
             f"preprocess={_EXAMPLE} with the numbers it was trained with, or images that are normalised already"
         )
-    size = values["size"]
-    return Preprocess(
-        size=(size, size) if isinstance(size, int) else (int(size[0]), int(size[1])),
-        mean=tuple(float(value) for value in values["mean"]),
-        std=tuple(float(value) for value in values["std"]),
-        interpolation=values["interpolation"],
-    )
+    return Preprocess.of(values)

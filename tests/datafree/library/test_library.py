@@ -204,6 +204,22 @@ def test_a_merge_is_saved_and_loaded(merged: datafree.MergedNetworks, tmp_path: 
     assert datafree.load(folder).preprocess.mean == (0.5,)
 
 
+def test_saving_and_preparing_say_what_they_take(merged: datafree.MergedNetworks, tmp_path: Any) -> None:
+    folder = datafree.save(merged[1], tmp_path / "a", preprocess=PREPROCESS)
+    artefact = datafree.load(folder)
+    assert artefact.preprocess == datafree.Preprocess((8, 8), (0.5,), (0.25,))
+    with pytest.raises(UsageError, match=r"images are a Image: a uint8 tensor .* pil_to_tensor"):
+        artefact.preprocess(Image.new("L", (8, 8)))  # type: ignore[arg-type]
+    for wrong, message in (
+        ({"size": 8}, "does not say mean and std"),
+        ({"sise": 8}, "unknown key; the keys are size"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            datafree.save(merged[1], tmp_path / "b", preprocess=wrong)
+    with pytest.raises(UsageError, match=r"save takes one pleas.MergeResult, not a MergedNetworks"):
+        datafree.save(merged, tmp_path / "b")  # type: ignore[arg-type]
+
+
 X = torch.rand(8, 1, 8, 8)
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"parents": nn.Linear(1, 1)}, r"parents is one network: give a list of two or more, \[a, b\]"),
