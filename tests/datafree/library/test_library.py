@@ -250,7 +250,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"proxies": "noise", "preprocess": {"size": 8, "mean": [0.5] * 2, "std": [1]}},
-        r"preprocess\['mean'\]: mean has 2",
+        r"preprocess: mean has 2",
     ),
     (
         {"preprocess": {"c": {}}},
