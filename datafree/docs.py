@@ -46,6 +46,7 @@ EXAMPLES = {  # command -> what one would type; a test parses each
     "merge": "datafree merge recipes/quickstart.yaml -o runs/digits --overwrite",
     "diagnose": "datafree diagnose recipes/quickstart.yaml --set proxy.count=128",
     "proxy": "datafree proxy recipes/quickstart.yaml -o runs/look --png",
+    "ablate": "datafree ablate recipes/ablations/ridge.yaml -o runs/ridge --dry-run",
     "inspect": "datafree inspect timm:resnet50",
     "eval": "datafree eval runs/digits/budget-1 recipes/quickstart.yaml",
     "env": "datafree env --json",
