@@ -138,7 +138,7 @@ def test_env_renders_no_template_and_draws_nothing() -> None:
     assert loaded(command) & heavy <= loaded("import torch")  # torch itself may load jinja2
 
 
-@pytest.mark.parametrize("name", ["quickstart", "test", "test-all", "test-oldest", "lint", "types"])
+@pytest.mark.parametrize("name", ["quickstart", "test", "test-all", "test-oldest", "lint", "types", "docs"])
 def test_the_makefile_knows_the_commands_the_readme_names(project: Path, name: str) -> None:
     done = subprocess.run(["make", "-n", name], cwd=project, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
