@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -11,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 
 A, B, BOTH, INK, PALE = "#2f6db5", "#c1666b", "#0b6e4f", "#34344a", "#f4f4f6"
-_STYLE = {"svg.hashsalt": "datafree", "svg.fonttype": "path", "font.size": 10, "font.family": "sans-serif"}
+_STYLE: dict[Any, Any] = {"svg.hashsalt": "datafree", "svg.fonttype": "path", "font.size": 10}
 
 
 def canvas(width: float, height: float) -> tuple[Figure, Axes]:

@@ -88,7 +88,7 @@ class AsTheyAre(Preprocess):
         return images
 
     @classmethod
-    def of(cls, shape: Sequence[int]) -> AsTheyAre:
+    def for_inputs(cls, shape: Sequence[int]) -> AsTheyAre:
         """shape: (C, H, W) of one input."""
         channels, height, width = shape
         return cls((height, width), (0.0,) * channels, (1.0,) * channels)

@@ -151,7 +151,7 @@ def _as_seen(parents: LoadedParents, seen: Images) -> LoadedParents:
         return parents
     if not parents.same_input:
         raise UsageError("the parents normalise differently: give the tasks' images as uint8 pixels")
-    as_is = AsTheyAre.of(parents.input.shape)
+    as_is = AsTheyAre.for_inputs(parents.input.shape)
     if tuple(seen.values.shape[1:]) != parents.input.shape:
         raise UsageError(
             f"the tasks' images are {tuple(seen.values.shape[1:])} and the networks take {parents.input.shape}"

@@ -69,7 +69,7 @@ def _named(given: Any) -> dict[str, Network]:
 
 def _parent(name: str, network: Network, given: Any, shape: tuple[int, ...] | None) -> Parent:
     if isinstance(network, Parent):
-        own = network.preprocess if shape is None else AsTheyAre.of(shape)
+        own = network.preprocess if shape is None else AsTheyAre.for_inputs(shape)
         return replace(network, name=name, preprocess=own)
     known, classes = {}, None
     if isinstance(network, Artefact):
@@ -83,7 +83,7 @@ def _parent(name: str, network: Network, given: Any, shape: tuple[int, ...] | No
             timm_preprocess(module, {}) if isinstance(getattr(module, "pretrained_cfg", None), dict) else {}
         )
     copied = evaluation_copy(plain(module), share=False).cpu().requires_grad_(False)
-    preprocess = AsTheyAre.of(shape) if shape is not None else _preprocess(name, given, known)
+    preprocess = AsTheyAre.for_inputs(shape) if shape is not None else _preprocess(name, given, known)
     kind = type(module)
     return Parent(
         name=name,
