@@ -13,7 +13,15 @@ from rich.console import Console
 import datafree.progress
 from datafree.cli import main
 from datafree.errors import UsageError
-from datafree.progress import LineProgress, LoggedProgress, StageProgress, TerminalProgress, progress_on
+from datafree.progress import (
+    BarProgress,
+    LineProgress,
+    LoggedProgress,
+    StageProgress,
+    TerminalProgress,
+    bar_on,
+    progress_on,
+)
 
 
 def test_timings_add_up_over_stages_of_one_name() -> None:
@@ -110,3 +118,18 @@ def test_every_command_on_a_recipe_takes_them() -> None:
 def test_shells_complete(shell: str) -> None:
     done = CliRunner().invoke(main, prog_name="datafree", env={"_DATAFREE_COMPLETE": f"{shell}_source"})
     assert "_datafree_completion" in done.output
+
+
+def test_one_run_of_many_leaves_no_line_behind() -> None:
+    stream = io.StringIO()
+    with (
+        BarProgress(Console(file=stream, force_terminal=True, width=80)) as progress,
+        progress.stage("statistics"),
+    ):
+        progress("second moments", 3, 10)
+        progress.note("one unit is dead")
+    assert progress.notes == ["one unit is dead"]
+    assert list(progress.timings) == ["statistics"]
+    assert "dead" not in stream.getvalue()
+    assert "✓" not in stream.getvalue()
+    assert type(bar_on(io.StringIO())) is StageProgress
