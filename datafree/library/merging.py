@@ -34,7 +34,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Labels = Literal["shared", "separate"]
-_NOT_HERE = ("fresh", "curve")  # of refining: a recipe's report reads them
+_OF_A_RECIPE = {  # keys of its refine section, and what there is here instead
+    "proxies": "give refine(merged, proxies) other images",
+    "fresh": "use datafree.run for it",
+    "curve": "use datafree.run for it",
+}
 
 
 @dataclass(frozen=True, repr=False)
@@ -283,9 +287,9 @@ def _refine_section(given: Any) -> RefineSpec:
     if isinstance(given, int) and not isinstance(given, bool):
         given = {"steps": given}
     if isinstance(given, Mapping):
-        unused = [key for key in _NOT_HERE if given.get(key)]
+        unused = [key for key in _OF_A_RECIPE if given.get(key)]
         if unused:
-            raise UsageError(f"refine: {unused[0]} belongs to a recipe's report: use datafree.run for it")
+            raise UsageError(f"refine: {unused[0]} belongs to a recipe: {_OF_A_RECIPE[unused[0]]}")
     elif not isinstance(given, RefineSpec):
         raise UsageError(f"refine={given!r}: give steps, or keys as {{'steps': 500}} or {{'minutes': 5}}")
     return checked(RefineSpec, given, "refine")
@@ -299,7 +303,7 @@ def _refined(
     seed: int,
     progress: StageProgress,
 ) -> MergedNetworks:
-    chosen = spec.model_dump(exclude={"augment", "fresh", "curve"})
+    chosen = spec.model_dump(exclude={"augment", *_OF_A_RECIPE})
     settings = RefineSettings(**chosen, seed=derive_seed(seed, "refine"))
     pixels, back = images.in_eight_bits()
     normalise = back or merged.parents.input

@@ -208,7 +208,7 @@ def test_saving_and_preparing_say_what_they_take(merged: datafree.MergedNetworks
     folder = datafree.save(merged[1], tmp_path / "a", preprocess=PREPROCESS)
     artefact = datafree.load(folder)
     assert artefact.preprocess == datafree.Preprocess((8, 8), (0.5,), (0.25,))
-    with pytest.raises(UsageError, match=r"images are a Image: a uint8 tensor .* pil_to_tensor"):
+    with pytest.raises(UsageError, match=r"images are a Image: a uint8 tensor .*pil_to_tensor\(image\)"):
         artefact.preprocess(Image.new("L", (8, 8)))  # type: ignore[arg-type]
     for wrong, message in (
         ({"size": 8}, "does not say mean and std"),
@@ -263,7 +263,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"refine": {"steps": 1, "minutes": 1}}, "refine: give `steps` or `minutes`, not both"),
     ({"refine": {"step": 1}}, r"refine\['step'\]: unknown key; did you mean 'steps'"),
     ({"refine": True}, "refine=True: give steps, or keys as"),
-    ({"refine": {"curve": 3}}, "refine: curve belongs to a recipe's report: use datafree.run"),
+    ({"refine": {"curve": 3}}, "refine: curve belongs to a recipe: use datafree.run"),
     ({"device": "gpu"}, "--device gpu: give auto, cpu, cuda"),
 ]
 
