@@ -49,6 +49,7 @@ EXAMPLES = {  # command -> what one would type; a test parses each
     "ablate": "datafree ablate recipes/ablations/ridge.yaml -o runs/ridge --dry-run",
     "inspect": "datafree inspect timm:resnet50",
     "eval": "datafree eval runs/digits/budget-1 recipes/quickstart.yaml",
+    "methods": "datafree methods",
     "env": "datafree env --json",
 }
 
@@ -119,11 +120,10 @@ def _walk(place: str, section: type[Spec]) -> Iterator[tuple[str, type[Spec]]]:
     for name, field in section.model_fields.items():
         for suffix, inner in _inside(field.annotation):
             here = f"{place}.{name}{suffix}".lstrip(".")
-            if inner is SourceSpec or issubclass(inner, SourceSpec):
-                kind = inner.model_fields["kind"].default
-                yield from _walk(f"{here}, kind: {kind}", inner)
-            else:
-                yield from _walk(here, inner)
+            for key in ("kind", "method"):  # what tells the members of a list apart
+                if isinstance(inner.model_fields.get(key, field).default, str):
+                    here = f"{here}, {key}: {inner.model_fields[key].default}"
+            yield from _walk(here, inner)
 
 
 def _inside(annotation: Any, suffix: str = "") -> Iterator[tuple[str, type[Spec]]]:

@@ -209,7 +209,7 @@ def merge(
                 results[point] = pleas.assemble(
                     evidence, plan, progress=lambda _, done, total, what=point.label: said(what, done, total)
                 )
-        notes = tuple(dict.fromkeys((*loaded.notes, *networks.notes, *images.notes)))
+        notes = tuple(dict.fromkeys((*loaded.notes, *networks.notes, *evidence.notes, *images.notes)))
         merged = MergedNetworks(results, loaded, evidence, images, labels, notes=notes)
         return merged if spec is None else _refined(merged, images, spec, place, seed, said)
 
