@@ -8,7 +8,9 @@ from torch import nn
 from datafree.errors import UsageError
 from datafree.images.preprocess import Preprocess
 from datafree.models.parent import Parent
+from datafree.library.merging import trace_networks
 from datafree.models.union import union_of
+from pleas import MergeSettings
 
 
 def parent(name: str, classes: tuple[str, ...] | None) -> Parent:
@@ -40,3 +42,8 @@ def test_classes_have_to_be_known_of_every_parent_and_told_apart() -> None:
     with pytest.raises(UsageError, match=r"parent b has two outputs called 'cat'") as caught:
         union_of([parent("a", ("cat",)), parent("b", ("cat", "cat"))])
     assert caught.value.key == ("parents", "b")
+
+
+def test_networks_without_a_recipe_have_no_names_to_join() -> None:
+    with pytest.raises(UsageError, match=r"networks bring no names: use a recipe with `labels: union`"):
+        trace_networks(None, MergeSettings(heads="union"))  # type: ignore[arg-type]
