@@ -7,8 +7,8 @@ from torch import nn
 
 from datafree.errors import UsageError
 from datafree.images.preprocess import Preprocess
-from datafree.models.parent import Parent
 from datafree.library.merging import trace_networks
+from datafree.models.parent import Parent
 from datafree.models.union import union_of
 from pleas import MergeSettings
 
