@@ -52,20 +52,20 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def recipe(tiny: Tiny, labels: str, *changes: str) -> RecipeFile:
     late = f'{{model: "python:net.py:net", weights: late.safetensors, {PREPROCESS}}}'
-    changes = (f"parents.late={late}", "merge.budgets=[1.0, 1.5]", "oracle=null", *changes)
+    made: tuple[str, ...] = (f"parents.late={late}", "merge.budgets=[1.0, 1.5]", "oracle=null")
     if labels != "shared":
-        changes += (f"labels={labels}", TASKS)
+        made += (f"labels={labels}", TASKS)
         for name, weights in (("b", "b4"), ("late", "late3")):
-            changes += (
+            made += (
                 f"parents.{name}.weights={weights}.safetensors",
                 f"parents.{name}.arguments.num_classes={OUTPUTS[name]}",
             )
     if labels == "union":
-        changes += tuple(
+        made += tuple(
             f"parents.{name}.classes=[{','.join(f'digit{i}' for i in known)}]"
             for name, known in CLASSES.items()
         )
-    return tiny.load(*changes)
+    return tiny.load(*made, *changes)
 
 
 @pytest.fixture(scope="module", params=["shared", "separate", "union"])
