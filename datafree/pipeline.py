@@ -1,7 +1,7 @@
 """The front door: `run(recipe, out)` reads as the data flow.
 
 recipe -> parents -> images -> symmetry -> proxies -> statistics -> matching -> diagnosis -> plan -> least squares
-       -> refine -> baselines -> oracle -> evaluation -> report
+       -> refine -> comparators -> oracle -> evaluation -> report
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from datafree.environment import machine, versions
 from datafree.evaluation.results import Results, Row
 from datafree.folders import check_output, new_folder
 from datafree.images.image_set import ImageSet
+from datafree.models.parent import Parent
 from datafree.progress import StageProgress
 from datafree.proxy import ProxySet
 from datafree.recipe.file import RecipeFile
@@ -29,20 +30,22 @@ from datafree.stages import (
     LoadedParents,
     Merged,
     Work,
-    average_weights,
     begin,
+    caution,
     check_refining,
     check_rows,
+    choose_methods,
+    compare_methods,
     evaluate_all,
     exact_arithmetic,
     gather_evidence,
-    has_batch_norm,
     judge_proxies,
     load_oracle,
     load_parents,
     load_tasks,
     make_plans,
     make_proxies,
+    make_refine_proxies,
     merge_real,
     proxy_inputs,
     refine_merged,
@@ -99,22 +102,27 @@ def run(
         networks = trace_parents(work, parents)
         check_rows(work, networks, recipe.recipe.proxy.count)
         check_refining(work, parents, networks)
+        methods = choose_methods(work, networks)
         proxies = make_proxies(work, parents, tasks)
+        more = make_refine_proxies(work, parents, tasks)
         inputs = proxy_inputs(work, parents, proxies)
         evidence = gather_evidence(work, parents, networks, inputs)
         looks = judge_proxies(work, parents, proxies, evidence)
         plans = make_plans(work, evidence)
         merged = solve_plans(work, parents, evidence, plans)
-        refined = refine_merged(work, parents, evidence, proxies, merged)
-        baselines = average_weights(work, evidence, inputs)
+        refined = refine_merged(
+            work, parents, evidence, [proxies] if more is None else [proxies, more], merged
+        )
+        compared = compare_methods(work, parents, evidence, methods)
         oracles = merge_real(work, parents, networks, real)
-        caution = _caution(networks.symmetry)
-        rows, curves = evaluate_all(work, parents, tasks, baselines, merged, refined, oracles, caution)
+        cautions = caution(networks, compared)
+        rows, curves = evaluate_all(work, parents, tasks, compared, merged, refined, oracles, cautions)
         with work.progress.stage("report"):
             results = _results(work, parents, networks, proxies, merged, rows)
             seconds = time.perf_counter() - started
-            record = _record(work, parents, proxies, real, seconds, command)
+            record = _record(work, parents, proxies, more, real, seconds, command)
             record["proxies"]["diagnosis"] = looks
+            record["compare"] = {one.name: one.told() for one in compared}
             record["refine"] = {
                 one.point.label: {**one.refined, "curve": curves.get(one.point, [])}
                 for one in refined
@@ -126,12 +134,6 @@ def run(
 
 
 # what is said -----------------------------------------------------------------------------------------------
-
-
-def _caution(symmetry: pleas.Symmetry) -> str:
-    if has_batch_norm(symmetry):
-        return "Plain average and permutation only have their batch norms re-estimated on the proxies"
-    return ""
 
 
 def _results(
@@ -191,6 +193,7 @@ def _record(
     work: Work,
     parents: LoadedParents,
     proxies: ProxySet,
+    more: ProxySet | None,
     real: ImageSet | None,
     seconds: float,
     command: Sequence[str],
@@ -206,25 +209,31 @@ def _record(
         "proxies": {
             "count": len(proxies),
             "fingerprint": proxies.fingerprint,
-            "sources": [
-                {
-                    "kind": source.kind,
-                    "count": source.count,
-                    "seconds_per_1000": source.seconds_per_1000,
-                    "spec": dict(source.spec),
-                    "facts": dict(source.facts),
-                }
-                for source in proxies.manifest
-            ],
+            "sources": _sources(proxies),
+            "for_refining": [] if more is None else _sources(more),
         },
         "oracle": None if real is None else len(real),
-        "parents": _describe(parents),
+        "parents": _describe(parents.each),
+        "base": None if parents.base is None else _describe([parents.base])[parents.base.name],
         "versions": versions(),
         "machine": machine(),
     }
 
 
-def _describe(parents: LoadedParents) -> dict[str, Any]:
+def _sources(proxies: ProxySet) -> list[dict[str, Any]]:
+    return [
+        {
+            "kind": source.kind,
+            "count": source.count,
+            "seconds_per_1000": source.seconds_per_1000,
+            "spec": dict(source.spec),
+            "facts": dict(source.facts),
+        }
+        for source in proxies.manifest
+    ]
+
+
+def _describe(parents: Sequence[Parent]) -> dict[str, Any]:
     return {
         parent.name: {
             "reference": parent.reference,
@@ -234,7 +243,7 @@ def _describe(parents: LoadedParents) -> dict[str, Any]:
             "fingerprint": parent.fingerprint,
             "preprocess": parent.preprocess.to_dict(),
         }
-        for parent in parents.each
+        for parent in parents
     }
 
 
@@ -260,6 +269,7 @@ def _write(
         RECORD: json_text(record),
         REPORT: html_report(results, record, recipe.resolved(out)),
     }
+    sources = record["proxies"]["sources"] + record["proxies"]["for_refining"]
     inside = [Path() if len(merged) == 1 else Path(one.point.folder) for one in merged]
     with new_folder(out, overwrite=overwrite) as building:
         for one, place in zip(merged, inside, strict=True):
@@ -267,7 +277,7 @@ def _write(
             folder.mkdir(exist_ok=True)
             description = _description(recipe, parents, one)
             write_model(folder, one.result.module, one.result, description)
-            card = model_card(description, one.result, results, record["proxies"]["sources"])
+            card = model_card(description, one.result, results, sources)
             texts = {CARD: card, RECIPE: recipe.source.text, RESOLVED: recipe.resolved(out / place)}
             _write_texts(folder, texts)
             if export:
@@ -300,6 +310,6 @@ def _description(recipe: RecipeFile, parents: LoadedParents, one: Merged) -> Des
         details={
             "labels": spec.labels,
             "point": {"kind": one.point.kind, "value": one.point.value},
-            "parents": _describe(parents),
+            "parents": _describe(parents.each),
         },
     )

@@ -16,9 +16,10 @@ from pydantic import Field, field_validator, model_validator
 import pleas
 from datafree.evaluation.evaluate import BOTH, TaskSpec
 from datafree.images.image_set import ImageSpec
-from datafree.models.parent import ParentSpec
+from datafree.models.parent import BaseSpec, ParentSpec
 from datafree.proxy import ProxySpec
 from datafree.proxy.kinds.inversion import InversionSpec
+from datafree.recipe.comparing import DEFAULT, Compare
 from datafree.spec import Spec
 from pleas.parents import MOST
 
@@ -135,6 +136,8 @@ class RefineSpec(Spec):
     `pleas.refine.RefineSettings`. Give `steps`, or `minutes` per network.
 
     augment: shift: moved a little and mirrored; light: kornia's crops, mirrors and colours, as for proxies; none
+    proxies: further proxies, which only training sees: public photographs, say, beside images inverted for the merge. A
+        section like `proxy`; its seed differs, so inverted images are new ones
     fresh: new proxies while training, for recipes with a source of kind: inversion; they count as proxies of that kind
     curve: how often, evenly over the run, a network is kept for the report's curve of accuracy, 0: no curve. The test
         images are looked at when all networks are final
@@ -158,6 +161,7 @@ class RefineSpec(Spec):
     holdout: float = Field(default=0.1, gt=0, le=0.5)
     patience: int | None = Field(default=None, ge=1)
     augment: Literal["shift", "light", "none"] = "shift"
+    proxies: ProxySpec | None = None
     fresh: FreshSpec | None = None
     curve: int = Field(default=5, ge=0, le=20)
 
@@ -165,6 +169,10 @@ class RefineSpec(Spec):
     def _steps_or_minutes(self) -> RefineSpec:
         if self.steps is not None and self.minutes is not None:
             raise ValueError("give `steps` or `minutes`, not both")
+        if self.proxies is not None and self.proxies.settle is not None:
+            raise ValueError(
+                "`settle` is about the second moments of the merge's own proxies: remove proxies.settle"
+            )
         return self
 
 
@@ -172,8 +180,12 @@ class Recipe(Spec):
     """One merge: parents, labels, proxies, settings and how the result is judged.
 
     parents: two or more of one architecture, by names of your choice
+    base: the network all of them were fine-tuned from, if there is one: {model: ..., weights: ...}, without being a
+        parent
     labels: "shared" (all parents predict the same classes: one head) or "separate" (one head per parent)
     folder: where relative paths start; the recipe's own folder when absent
+    compare: other methods that make one network of the same parents, for the table: `all`, or a list of names and of
+        mappings, as `[permutation, {method: regmean, off_diagonal: 0.8}]`; `datafree methods` lists them
     license, base_models: for the model cards, as the Hugging Face Hub names them: apache-2.0, [me/a, me/b]
     """
 
@@ -181,10 +193,12 @@ class Recipe(Spec):
     seed: int = Field(default=0, ge=0)
     folder: str | None = None
     parents: dict[str, ParentSpec]
+    base: BaseSpec | None = None
     labels: Literal["shared", "separate"] = "shared"
     proxy: ProxySection
     merge: MergeSpec
     refine: RefineSpec | None = None
+    compare: Compare = DEFAULT
     evaluate: tuple[TaskSpec, ...] = ()
     oracle: OracleSpec | None = None
     license: str | None = Field(default=None, min_length=1, max_length=100)
@@ -237,7 +251,3 @@ class Recipe(Spec):
         content = self.model_dump(mode="json", exclude={"folder", "license", "base_models"})
         content["parents"] = list(content["parents"].items())
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-# Pydantic's complaints in our words
-# ---------------------------------------------------------------------------------
