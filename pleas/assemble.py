@@ -123,7 +123,7 @@ def assemble(
         propagate=None if best is None else best.propagate,
         held_out_error=None if best is None else best.held_out_error,
         tried={one.propagate: one.held_out_error for one in solved},
-        notes=(*program.notes, *parents.notes),
+        notes=(*program.notes, *parents.notes, *plan.notes),
     )
 
 

@@ -60,7 +60,11 @@ class Parents:
         frozen = tuple(evaluation_copy(module, share=False).requires_grad_(False) for module in folded)
         symmetry = symmetry or trace(frozen[0], example)
         notes = check_forwards(symmetry.program, frozen, example, names)
-        notes = (*notes, *_not_matched(symmetry, settings), *ensemble_obstacles(symmetry))
+        notes = (*notes, *_not_matched(symmetry, settings))
+        notes += tuple(
+            f"everything kept apart ({len(frozen)}.0x) is not the parents' ensemble: {why}"
+            for why in ensemble_obstacles(symmetry)
+        )
         return cls(names, frozen, symmetry, example, settings, notes)
 
     @property

@@ -32,6 +32,7 @@ from datafree.stages import (
 )
 from datafree.tables import output_width, wrapped
 from datafree.text import json_text
+from pleas.plan.reach import reach
 
 MOST_IMAGES = 5000  # of a source or of a task's files, hashed for the leak check; a merge compares all
 
@@ -154,10 +155,11 @@ def _check_work(
         work.progress.notes.extend(symmetry.program.notes)
         check_rows(work, networks, recipe.proxy.count)
         check_refining(work, parents, networks)
+        most = reach(networks).ratio
         widenable = sum(unit_class.widenable for unit_class in symmetry.classes)
         yield (
             "symmetry",
-            f"{len(symmetry.classes)} classes of units, {widenable} can be widened; "
+            f"{len(symmetry.classes)} classes of units, {widenable} can be widened, up to {most:.2f} of one parent; "
             f"verified to {symmetry.gate_error:.0e}",
         )
 
