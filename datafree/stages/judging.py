@@ -61,7 +61,8 @@ def evaluate_all(
     note: what the reader must know of the baselines
     """
     with work.progress.stage("evaluation"):
-        judge, rows = Judge.with_parents(work, parents, tasks)
+        said = dict.fromkeys(text for one in merged for text in one.result.contradictions)
+        judge, rows = Judge.with_parents(work, parents, tasks, ". ".join(said))
         rows += [judge.row("baseline", result, name=name, note=note) for name, result in baselines.items()]
         rows += [judge.row("merged", one.result, one.point) for one in merged]
         rows += [judge.row("refined", one.result, one.point, note=_verdict(one)) for one in refined]
@@ -92,9 +93,12 @@ class Judge:
 
     @classmethod
     def with_parents(
-        cls, work: Work, parents: LoadedParents, tasks: EvaluationSet
+        cls, work: Work, parents: LoadedParents, tasks: EvaluationSet, note: str = ""
     ) -> tuple[Judge, list[Row]]:
-        """A judge that knows what the parents answer, and the parents' own rows."""
+        """A judge that knows what the parents answer, and the parents' own rows.
+
+        note: what the reader must know of the ensemble
+        """
         alone = cls(work, parents, tasks, {})
         labels = work.recipe.recipe.labels
         rows, scores = [], {}
@@ -109,7 +113,8 @@ class Judge:
         judge = replace(alone, parent_scores=scores)
         together, count = AllParents(parents, labels), len(parents.each)
         evaluation = judge.score(together, judge.columns, parents.input)
-        rows.append(Row("ensemble", "", count * cost, float(count), _parameters(together), evaluation))
+        size = _parameters(together)
+        rows.append(Row("ensemble", "", count * cost, float(count), size, evaluation, note=note))
         return judge, rows
 
     @property
