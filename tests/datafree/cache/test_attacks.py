@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import random
 import signal
@@ -45,7 +46,10 @@ def _merge(tiny: Tiny, place: Path, command: str = "merge") -> Result:
 
 
 def _bytes(place: Path) -> dict[str, bytes]:
-    return {name: (place / "out" / name).read_bytes() for name in LEFT}
+    """What a run left; of its metrics all but the notes, which tell of what was made again."""
+    found = {name: (place / "out" / name).read_bytes() for name in LEFT}
+    metrics = json.loads(found["metrics.json"])
+    return {**found, "metrics.json": json.dumps({**metrics, "notes": []}).encode()}
 
 
 def _error(result: Result) -> str:
@@ -97,8 +101,8 @@ def test_full_disks_stage_by_stage_end_with_the_same_bytes(
 
     def fail(path: Path) -> None:
         stage = path.relative_to(tmp_path).parts[:2]
-        name = "out" if "out" in stage[0] else "/".join(stage)
-        if name not in failed:
+        name = "out" if stage and "out" in stage[0] else "/".join(stage)
+        if name and name not in failed:
             failed.append(name)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
@@ -121,7 +125,10 @@ def test_a_cache_that_may_only_be_read(tiny: Tiny, tmp_path: Path, monkeypatch: 
         result = _merge(tiny, tmp_path)
     assert "Read-only file system" in _error(result)
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(os, "access", lambda *_: False)
+    real = os.access
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: not str(path).startswith(str(tmp_path)) and real(path, mode)
+    )
     place = tmp_path / "cache" if (tmp_path / "cache").exists() else tmp_path
     for command in ("check", "merge"):
         result = _merge(tiny, tmp_path, command)
@@ -174,16 +181,14 @@ def test_a_merge_that_was_killed_goes_on_to_the_same_bytes(
 
 def _damage(path: Path, chance: random.Random) -> None:
     content = path.read_bytes()
-    kind = chance.choice(["flip", "cut", "empty", "zeros", "gone", "folder"])
+    kind = chance.choice(["flip", "cut", "empty", "zeros", "gone"])
     if kind == "flip":
         place = chance.randrange(len(content))
         path.write_bytes(
             content[:place] + bytes([content[place] ^ 1 << chance.randrange(8)]) + content[place + 1 :]
         )
-    elif kind in ("gone", "folder"):
+    elif kind == "gone":
         path.unlink()
-        if kind == "folder" and path.name != "manifest.json":
-            path.mkdir()
     else:
         kept = {"cut": content[: chance.randrange(len(content))], "empty": b"", "zeros": bytes(len(content))}
         path.write_bytes(kept[kind])
@@ -200,9 +205,9 @@ def test_damage_to_everything_in_the_cache(tiny: Tiny, undisturbed: dict[str, by
         (tmp_path / "out").rename(tmp_path / f"out-{seed}")
         result = _merge(tiny, tmp_path)
         assert result.exit_code == 0, result.output
-        metrics = _bytes(tmp_path).pop("metrics.json").decode()
-        assert _bytes(tmp_path)["model.safetensors"] == undisturbed["model.safetensors"]
-        assert "it is computed again" in metrics or "rebuilt" in metrics
+        assert _bytes(tmp_path) == undisturbed
+        said = (tmp_path / "out" / "metrics.json").read_text()
+        assert "it is computed again" in said or "rebuilt" in said
 
 
 def test_inputs_that_change_between_check_and_merge(tmp_path: Path) -> None:
