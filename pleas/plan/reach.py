@@ -32,13 +32,13 @@ class Held:
 class Reach:
     """The largest ratio of multiply-adds to one parent's that a plan can have, and what holds it; dearest first."""
 
+    parents: int
     ratio: float
-    least: float
     held: tuple[Held, ...]
 
 
 def reach(parents: Parents) -> Reach:
-    """What budgets these parents can reach: everything that can be widened kept apart, and nothing."""
+    """What budgets these parents can reach: that of everything apart that can be kept apart."""
     symmetry = parents.symmetry
     model = FlopModel(symmetry, parents.count, merged_outputs(parents))
     apart: Masks = {
@@ -52,27 +52,32 @@ def reach(parents: Parents) -> Reach:
         if not c.widenable and i not in symmetry.output
     ]
     held.sort(key=lambda one: -one.share)
-    parent = max(1, model.parent)
-    return Reach(model.total(apart) / parent, model.total({}) / parent, tuple(held))
+    return Reach(parents.count, model.total(apart) / max(1, model.parent), tuple(held))
 
 
 def say_reach(found: Reach, budgets: Sequence[float]) -> tuple[str, ...]:
-    """One sentence for the budgets that cannot be reached, none where all can."""
+    """One sentence for the budgets that cannot be reached, or where everything apart is not the parents' ensemble."""
     beyond = [budget for budget in budgets if budget > found.ratio + SHORT]
-    if not beyond:
-        return ()
     asked = " and ".join(f"{budget:g}" for budget in beyond)
-    what = f"budget {asked} cannot be reached: {found.ratio:.3f} of one parent is the most there is"
-    if not found.held:
-        return (f"{what}, because no class of units can be kept apart",)
-    reasons = dict.fromkeys(one.reason or "its units cannot be exchanged" for one in found.held)
-    shown = []
-    for reason in list(reasons)[:SHOWN]:
-        alike = [one for one in found.held if (one.reason or "its units cannot be exchanged") == reason]
-        more = f" and {len(alike) - 1} more" if len(alike) > 1 else ""
-        shown.append(f"{_short(alike[0].units)}{more} ({reason})")
+    if beyond and not found.held:
+        most = f"{found.ratio:.3f} of one parent is the most there is"
+        return (f"budget {asked} cannot be reached: {most}, because no class of units can be kept apart",)
+    if beyond:
+        most = f"{found.ratio:.3f} of one parent is the most there is"
+        what = f"budget {asked} cannot be reached: {most}, and that is not"
+    elif found.held and max(budgets, default=0) >= found.parents:
+        what = f"budget {found.parents}, everything apart that can be, is not"
+    else:
+        return ()
+    reasons: dict[str, list[str]] = {}
+    for one in found.held:
+        reasons.setdefault(one.reason or "its units cannot be exchanged", []).append(_short(one.units))
+    shown = [
+        f"{units[0]}{f' and {len(units) - 1} more' if len(units) > 1 else ''} ({reason})"
+        for reason, units in list(reasons.items())[:SHOWN]
+    ]
     rest = f"; {len(reasons) - SHOWN} further reasons" if len(reasons) > SHOWN else ""
-    return (f"{what}, and that is not the parents' ensemble. Held together: {'; '.join(shown)}{rest}",)
+    return (f"{what} the parents' ensemble. Held together: {'; '.join(shown)}{rest}",)
 
 
 def _short(units: str) -> str:

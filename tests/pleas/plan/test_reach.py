@@ -39,10 +39,9 @@ def test_everything_apart_costs_what_reach_says(count: int) -> None:
     result = pleas.assemble(evidence, pleas.make_plan(evidence, budget=float(count)), least_squares=False)
     assert result.ratio == pytest.approx(found.ratio)
     assert 1 < found.ratio < count
-    (said,) = [note for note in result.notes if "cannot be reached" in note]
-    assert said.startswith(
-        f"budget {count} cannot be reached: {found.ratio:.3f} of one parent is the most there is"
-    )
+    (said,) = say_reach(found, [float(count)])
+    assert said in result.notes
+    assert "is not the parents' ensemble. Held together: " in said
     assert "middle.0.weight[out] - middle.1.* - head.2.weight[in] (a softmax runs over it)" in said
 
 
@@ -50,17 +49,22 @@ def test_what_can_be_kept_apart_throughout_reaches_every_budget() -> None:
     case = CASES["residual"]
     parents = pleas.Parents.of([case.model(0), case.model(1)], case.example())
     found = reach(parents)
-    assert (found.ratio, found.least, found.held) == (pytest.approx(2.0), pytest.approx(1.0), ())
+    assert (found.ratio, found.held) == (pytest.approx(2.0), ())
     assert say_reach(found, [1.0, 1.5, 2.0]) == ()
 
 
 def test_what_is_said() -> None:
     held = (Held("a - b - c - d", 4, "why", 0.5), Held("e", 2, "why", 0.4), Held("f", 2, "", 0.1))
-    assert say_reach(Reach(1.31, 1.0, held), [1.0, 1.25, 1.5, 2.0]) == (
+    assert say_reach(Reach(2, 1.31, held), [1.0, 1.25, 1.5, 2.0]) == (
         "budget 1.5 and 2 cannot be reached: 1.310 of one parent is the most there is, and that is not the parents' "
         "ensemble. Held together: a - b - c - 1 more and 1 more (why); f (its units cannot be exchanged)",
     )
-    assert say_reach(Reach(1.0, 1.0, ()), [1.5]) == (
+    assert say_reach(Reach(2, 1.0, ()), [1.5]) == (
         "budget 1.5 cannot be reached: 1.000 of one parent is the most there is, because no class of units can be kept "
         "apart",
+    )
+    assert say_reach(Reach(2, 1.998, held[2:]), [1.5]) == ()
+    assert say_reach(Reach(2, 1.998, held[2:]), [1.5, 2.0]) == (
+        "budget 2, everything apart that can be, is not the parents' ensemble. Held together: f (its units cannot be "
+        "exchanged)",
     )
