@@ -9,7 +9,7 @@ from functools import cached_property
 from torch import Tensor
 
 from pleas.errors import InputError
-from pleas.matching.match import match
+from pleas.matching.match import match, units_moved
 from pleas.parents import Parents
 from pleas.plan.fusing import FusingCosts, Split, fusing_costs
 from pleas.statistics.collect import Batch, Progress, Statistics, collect, for_each
@@ -17,7 +17,7 @@ from pleas.statistics.domains import NO_DOMAINS, Contradiction, Domains, look, u
 from pleas.symmetry import Permutation, permute_state
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Evidence:
     """The parents in one common order of units, and the proxies that say so.
 
@@ -33,6 +33,9 @@ class Evidence:
     alignments: tuple[Permutation, ...]
     given: Tensor | None = None
 
+    def __repr__(self) -> str:
+        return f"Evidence({self.statistics.images} images, {self.parents!r})"
+
     @cached_property
     def states(self) -> tuple[dict[str, Tensor], ...]:
         """Every parent's tensors with its units in the common order."""
@@ -41,6 +44,11 @@ class Evidence:
             permute_state(symmetry, state, alignment)
             for state, alignment in zip(self.parents.states, self.alignments, strict=True)
         )
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is to be said of the matching, one sentence each."""
+        return units_moved(self.parents, self.alignments)
 
     @cached_property
     def domains(self) -> Domains | None:
