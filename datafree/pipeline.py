@@ -1,7 +1,7 @@
 """The front door: `run(recipe, out)` reads as the data flow.
 
 recipe -> parents -> images -> symmetry -> proxies -> statistics -> matching -> diagnosis -> plan -> least squares
-       -> refine -> baselines -> oracle -> evaluation -> report
+       -> refine -> comparators -> oracle -> evaluation -> report
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from datafree.environment import machine, versions
 from datafree.evaluation.results import Results, Row
 from datafree.folders import check_output, new_folder
 from datafree.images.image_set import ImageSet
+from datafree.models.parent import Parent
 from datafree.progress import StageProgress
 from datafree.proxy import ProxySet
 from datafree.recipe.file import RecipeFile
@@ -29,14 +30,15 @@ from datafree.stages import (
     LoadedParents,
     Merged,
     Work,
-    average_weights,
     begin,
+    caution,
     check_refining,
     check_rows,
+    choose_methods,
+    compare_methods,
     evaluate_all,
     exact_arithmetic,
     gather_evidence,
-    has_batch_norm,
     judge_proxies,
     load_oracle,
     load_parents,
@@ -100,6 +102,7 @@ def run(
         networks = trace_parents(work, parents)
         check_rows(work, networks, recipe.recipe.proxy.count)
         check_refining(work, parents, networks)
+        methods = choose_methods(work, networks)
         proxies = make_proxies(work, parents, tasks)
         more = make_refine_proxies(work, parents, tasks)
         inputs = proxy_inputs(work, parents, proxies)
@@ -110,15 +113,16 @@ def run(
         refined = refine_merged(
             work, parents, evidence, [proxies] if more is None else [proxies, more], merged
         )
-        baselines = average_weights(work, evidence, inputs)
+        compared = compare_methods(work, parents, evidence, methods)
         oracles = merge_real(work, parents, networks, real)
-        caution = _caution(networks.symmetry)
-        rows, curves = evaluate_all(work, parents, tasks, baselines, merged, refined, oracles, caution)
+        cautions = caution(networks, compared)
+        rows, curves = evaluate_all(work, parents, tasks, compared, merged, refined, oracles, cautions)
         with work.progress.stage("report"):
             results = _results(work, parents, networks, proxies, merged, rows)
             seconds = time.perf_counter() - started
             record = _record(work, parents, proxies, more, real, seconds, command)
             record["proxies"]["diagnosis"] = looks
+            record["compare"] = {one.name: one.told() for one in compared}
             record["refine"] = {
                 one.point.label: {**one.refined, "curve": curves.get(one.point, [])}
                 for one in refined
@@ -130,12 +134,6 @@ def run(
 
 
 # what is said -----------------------------------------------------------------------------------------------
-
-
-def _caution(symmetry: pleas.Symmetry) -> str:
-    if has_batch_norm(symmetry):
-        return "Plain average and permutation only have their batch norms re-estimated on the proxies"
-    return ""
 
 
 def _results(
@@ -215,7 +213,8 @@ def _record(
             "for_refining": [] if more is None else _sources(more),
         },
         "oracle": None if real is None else len(real),
-        "parents": _describe(parents),
+        "parents": _describe(parents.each),
+        "base": None if parents.base is None else _describe([parents.base])[parents.base.name],
         "versions": versions(),
         "machine": machine(),
     }
@@ -234,7 +233,7 @@ def _sources(proxies: ProxySet) -> list[dict[str, Any]]:
     ]
 
 
-def _describe(parents: LoadedParents) -> dict[str, Any]:
+def _describe(parents: Sequence[Parent]) -> dict[str, Any]:
     return {
         parent.name: {
             "reference": parent.reference,
@@ -244,7 +243,7 @@ def _describe(parents: LoadedParents) -> dict[str, Any]:
             "fingerprint": parent.fingerprint,
             "preprocess": parent.preprocess.to_dict(),
         }
-        for parent in parents.each
+        for parent in parents
     }
 
 
@@ -311,6 +310,6 @@ def _description(recipe: RecipeFile, parents: LoadedParents, one: Merged) -> Des
         details={
             "labels": spec.labels,
             "point": {"kind": one.point.kind, "value": one.point.value},
-            "parents": _describe(parents),
+            "parents": _describe(parents.each),
         },
     )

@@ -25,6 +25,7 @@ from datafree.stages import (
     begin,
     check_refining,
     check_rows,
+    choose_methods,
     load_oracle,
     load_parents,
     proxy_inputs,
@@ -105,6 +106,8 @@ def checks(work: Work, faults: Faults) -> Iterator[tuple[str, str]]:
     if parents is not None:
         work.progress.notes.extend(parents.notes)
         yield "parents", _parents(parents)
+        if parents.base is not None:
+            yield "base", f"{parents.base.reference}, the parents' own architecture"
     known = len(faults.messages)
     tasks = _load_tasks(work, parents, faults)
     if len(faults.messages) == known:
@@ -174,6 +177,10 @@ def _check_work(
         work.progress.notes.extend(symmetry.program.notes)
         check_rows(work, networks, recipe.proxy.count)
         check_refining(work, parents, networks)
+        with faults.collected():
+            methods = choose_methods(work, networks)
+            if methods:
+                yield "compare", ", ".join(one.name for one in methods)
         widenable = sum(unit_class.widenable for unit_class in symmetry.classes)
         yield (
             "symmetry",

@@ -16,9 +16,10 @@ from pydantic import Field, field_validator, model_validator
 import pleas
 from datafree.evaluation.evaluate import BOTH, TaskSpec
 from datafree.images.image_set import ImageSpec
-from datafree.models.parent import ParentSpec
+from datafree.models.parent import BaseSpec, ParentSpec
 from datafree.proxy import ProxySpec
 from datafree.proxy.kinds.inversion import InversionSpec
+from datafree.recipe.comparing import DEFAULT, Compare
 from datafree.spec import Spec
 from pleas.parents import MOST
 
@@ -179,8 +180,12 @@ class Recipe(Spec):
     """One merge: parents, labels, proxies, settings and how the result is judged.
 
     parents: two or more of one architecture, by names of your choice
+    base: the network all of them were fine-tuned from, if there is one: {model: ..., weights: ...}, without being a
+        parent
     labels: "shared" (all parents predict the same classes: one head) or "separate" (one head per parent)
     folder: where relative paths start; the recipe's own folder when absent
+    compare: other methods that make one network of the same parents, for the table: `all`, or a list of names and of
+        mappings, as `[permutation, {method: regmean, off_diagonal: 0.8}]`; `datafree methods` lists them
     license, base_models: for the model cards, as the Hugging Face Hub names them: apache-2.0, [me/a, me/b]
     """
 
@@ -188,10 +193,12 @@ class Recipe(Spec):
     seed: int = Field(default=0, ge=0)
     folder: str | None = None
     parents: dict[str, ParentSpec]
+    base: BaseSpec | None = None
     labels: Literal["shared", "separate"] = "shared"
     proxy: ProxySection
     merge: MergeSpec
     refine: RefineSpec | None = None
+    compare: Compare = DEFAULT
     evaluate: tuple[TaskSpec, ...] = ()
     oracle: OracleSpec | None = None
     license: str | None = Field(default=None, min_length=1, max_length=100)

@@ -4,6 +4,7 @@ order.
 Long stages keep what they found in the store, so that a run that was interrupted goes on where it stopped.
 """
 
+from datafree.stages.comparing import Chosen, Compared, caution, choose_methods, compare_methods
 from datafree.stages.diagnosing import judge_proxies
 from datafree.stages.inputs import (
     EvaluationSet,
@@ -20,34 +21,36 @@ from datafree.stages.inputs import (
 from datafree.stages.judging import AllParents, Judge, evaluate_all
 from datafree.stages.merging import (
     Merged,
-    average_weights,
     check_rows,
     gather_evidence,
     make_plans,
     merge_real,
     solve_plans,
 )
-from datafree.stages.parents import LoadedParents, has_batch_norm, load_parents, trace_parents
+from datafree.stages.parents import LoadedParents, load_parents, trace_parents
 from datafree.stages.refining import check_refining, refine_merged
 from datafree.stages.work import Work, begin, choose_device, exact_arithmetic
 
 __all__ = [
     "AllParents",
+    "Chosen",
+    "Compared",
     "EvaluationSet",
     "Inputs",
     "Judge",
     "LoadedParents",
     "Merged",
     "Work",
-    "average_weights",
     "begin",
+    "caution",
     "check_refining",
     "check_rows",
     "choose_device",
+    "choose_methods",
+    "compare_methods",
     "evaluate_all",
     "exact_arithmetic",
     "gather_evidence",
-    "has_batch_norm",
     "image_inputs",
     "judge_proxies",
     "load_oracle",
