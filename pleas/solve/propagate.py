@@ -302,7 +302,7 @@ class _Walk:
             else:
                 assert isinstance(sums, Equations)
                 share = self._share(c, _first(target, node))[kept, owner]
-                sums.add(rows, wanted, share.repeat_interleave(rows.shape[1] // len(share)))
+                sums.add(rows, wanted, share.repeat_interleave(rows.shape[1] // max(1, len(share))))
 
     def _targets(self, layer: Layer, node: fx.Node, c: int) -> Tensor:
         """The owners' mean output of a layer, the batch norm behind it included, in the merged layout."""
