@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from datafree.artefact.export import check_export, write_exports
 from datafree.artefact.save import write_model
 from datafree.environment import machine, versions
 from datafree.evaluation.results import Results, Row
+from datafree.evaluation.verdict import verdict
 from datafree.folders import check_output, new_folder
 from datafree.images.image_set import ImageSet
 from datafree.progress import StageProgress
@@ -37,6 +38,7 @@ from datafree.stages import (
     exact_arithmetic,
     gather_evidence,
     has_batch_norm,
+    hold_out,
     judge_proxies,
     load_oracle,
     load_parents,
@@ -109,9 +111,10 @@ def run(
         baselines = average_weights(work, evidence, inputs)
         oracles = merge_real(work, parents, networks, real)
         caution = _caution(networks.symmetry)
-        rows, curves = evaluate_all(work, parents, tasks, baselines, merged, refined, oracles, caution)
+        held = hold_out(work, proxies)
+        rows, curves = evaluate_all(work, parents, tasks, baselines, merged, refined, oracles, caution, held)
         with work.progress.stage("report"):
-            results = _results(work, parents, networks, proxies, merged, rows)
+            results = _results(work, parents, networks, proxies, merged, rows, looks)
             seconds = time.perf_counter() - started
             record = _record(work, parents, proxies, real, seconds, command)
             record["proxies"]["diagnosis"] = looks
@@ -141,7 +144,9 @@ def _results(
     proxies: ProxySet,
     merged: Sequence[Merged],
     rows: tuple[Row, ...],
+    looks: Mapping[str, Any],
 ) -> Results:
+    """The numbers, and every note: those that were not said when they came up are said now."""
     recipe = work.recipe.recipe
     plans = {
         one.point: {
@@ -164,7 +169,11 @@ def _results(
         *_dead(merged),
         *work.progress.notes,
     ]
-    return Results(
+    notes = list(dict.fromkeys(notes))
+    for note in notes:
+        if note not in work.progress.notes:
+            work.progress.note(note)
+    results = Results(
         name=recipe.name,
         fingerprint=recipe.fingerprint(),
         labels=recipe.labels,
@@ -172,8 +181,10 @@ def _results(
         rows=rows,
         layers={one.point: one.result.layers for one in merged},
         plans=plans,
-        notes=tuple(dict.fromkeys(notes)),
+        notes=tuple(notes),
     )
+    seen = {source["source"]: source["looks"] for source in looks["sources"]}
+    return replace(results, verdict=verdict(results, seen, refined=recipe.refine is not None))
 
 
 def _dead(merged: Sequence[Merged]) -> list[str]:

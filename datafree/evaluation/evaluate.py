@@ -9,7 +9,7 @@ and the joint accuracy asks for the right class among the labels of all heads.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -226,14 +226,23 @@ def predict(
     progress: Progress | None = None,
 ) -> Tensor:
     """Outputs of `module` for every image: float32 (N, K), on the CPU. The module is left as it was."""
-    outputs: list[Tensor] = []
-    with _evaluating(module, device), torch.inference_mode():
+
+    def batches() -> Iterator[Tensor]:
         for start in range(0, len(images), batch_size):
             end = min(start + batch_size, len(images))
-            outputs.append(module(preprocess(images.batch(range(start, end)).to(device))).float().cpu())
+            yield preprocess(images.batch(range(start, end)).to(device))
             if progress is not None:
                 progress(f"evaluating on {images.name}", end, len(images))
-    return torch.cat(outputs)
+
+    return predict_batches(module, batches(), device=device)
+
+
+def predict_batches(
+    module: nn.Module, batches: Iterable[Tensor], *, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Outputs of `module` for inputs that are on `device`: float32 (N, K), on the CPU. It is left as it was."""
+    with _evaluating(module, device), torch.inference_mode():
+        return torch.cat([module(batch).float().cpu() for batch in batches])
 
 
 def _score(task: Task, chosen: np.ndarray, parents: Mapping[str, Evaluation]) -> TaskScore:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 
 from datafree.artefact.card_data import UNKNOWN_LICENSE, metadata, own_row, reference_name, without_paths
-from datafree.evaluation.results import Results, cells, columns
+from datafree.evaluation.results import Results, cells, columns, legend
 
 if TYPE_CHECKING:
     import pleas
@@ -69,6 +69,7 @@ def _table(results: Results) -> dict[str, Any]:
         "rows": [cells(results, row) for row in results.rows],
         "ours": ours,
         "notes": [row.note for row in results.rows],
+        "legend": legend(results),
     }
 
 

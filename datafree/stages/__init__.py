@@ -5,6 +5,7 @@ Long stages keep what they found in the store, so that a run that was interrupte
 """
 
 from datafree.stages.diagnosing import judge_proxies
+from datafree.stages.holding import HeldOut, hold_out
 from datafree.stages.inputs import (
     EvaluationSet,
     Inputs,
@@ -32,6 +33,7 @@ from datafree.stages.work import Work, begin, choose_device, exact_arithmetic
 __all__ = [
     "AllParents",
     "EvaluationSet",
+    "HeldOut",
     "Inputs",
     "Judge",
     "LoadedParents",
@@ -46,6 +48,7 @@ __all__ = [
     "exact_arithmetic",
     "gather_evidence",
     "has_batch_norm",
+    "hold_out",
     "image_inputs",
     "judge_proxies",
     "load_oracle",

@@ -4,15 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import pleas
 from datafree.cache.store import Stage, content_hash
-from datafree.evaluation.evaluate import Columns, Evaluation, TaskScore, evaluate, parent_columns
+from datafree.errors import RunError
+from datafree.evaluation.evaluate import (
+    Columns,
+    Evaluation,
+    TaskScore,
+    evaluate,
+    parent_columns,
+    predict_batches,
+)
+from datafree.evaluation.fidelity import Fidelity, fidelity
 from datafree.evaluation.results import Kind, Point, Row
 from datafree.images.preprocess import Preprocess
+from datafree.stages.holding import HeldOut
 from datafree.stages.inputs import EvaluationSet
 from datafree.stages.merging import Merged
 from datafree.stages.parents import LoadedParents
@@ -55,13 +67,14 @@ def evaluate_all(
     refined: Sequence[Merged],
     oracles: Sequence[Merged],
     note: str,
+    held: HeldOut,
 ) -> tuple[tuple[Row, ...], Curves]:
-    """Every network on every task it can answer, and how refining got there.
+    """Every network on every task it can answer and on held-out proxies, and how refining got there.
 
     note: what the reader must know of the baselines
     """
     with work.progress.stage("evaluation"):
-        judge, rows = Judge.with_parents(work, parents, tasks)
+        judge, rows = Judge.with_parents(work, parents, tasks, held)
         rows += [judge.row("baseline", result, name=name, note=note) for name, result in baselines.items()]
         rows += [judge.row("merged", one.result, one.point) for one in merged]
         rows += [judge.row("refined", one.result, one.point, note=_verdict(one)) for one in refined]
@@ -89,27 +102,34 @@ class Judge:
     parents: LoadedParents
     tasks: EvaluationSet
     parent_scores: Mapping[str, Evaluation]
+    held: HeldOut | None = None
 
     @classmethod
     def with_parents(
-        cls, work: Work, parents: LoadedParents, tasks: EvaluationSet
+        cls, work: Work, parents: LoadedParents, tasks: EvaluationSet, held: HeldOut | None = None
     ) -> tuple[Judge, list[Row]]:
-        """A judge that knows what the parents answer, and the parents' own rows."""
-        alone = cls(work, parents, tasks, {})
+        """A judge that knows what the parents answer, and the parents' own rows.
+
+        held: proxies to compare networks on; without them rows have no fidelity
+        """
+        alone = cls(work, parents, tasks, {}, held)
         labels = work.recipe.recipe.labels
-        rows, scores = [], {}
+        scores, columns = {}, {}
         cost = pleas.flops(parents.first.module, parents.example)
         outputs = {parent.name: parent.outputs for parent in parents.each}
         for parent in parents.each:
-            columns = parent_columns(labels, parent.name, outputs)
-            scores[parent.name] = alone.score(parent.module, columns, parent.preprocess)
-            rows.append(
-                Row("parent", parent.name, cost, 1.0, _parameters(parent.module), scores[parent.name])
-            )
-        judge = replace(alone, parent_scores=scores)
+            columns[parent.name] = parent_columns(labels, parent.name, outputs)
+            scores[parent.name] = alone.score(parent.module, columns[parent.name], parent.preprocess)
+        judge, rows = replace(alone, parent_scores=scores), []
+        for parent in parents.each:
+            close = judge.fidelity(parent.module, columns[parent.name], parent.preprocess)
+            size, found = _parameters(parent.module), scores[parent.name]
+            rows.append(Row("parent", parent.name, cost, 1.0, size, found, fidelity=close))
         together, count = AllParents(parents, labels), len(parents.each)
         evaluation = judge.score(together, judge.columns, parents.input)
-        rows.append(Row("ensemble", "", count * cost, float(count), _parameters(together), evaluation))
+        close = judge.fidelity(together, judge.columns, parents.input)
+        size = _parameters(together)
+        rows.append(Row("ensemble", "", count * cost, float(count), size, evaluation, fidelity=close))
         return judge, rows
 
     @property
@@ -128,9 +148,9 @@ class Judge:
     ) -> Row:
         evaluation = self.score(result.module, self.columns, self.parents.input)
         predicted = result.held_out_error if kind in ("merged", "oracle") else None
-        return Row(
-            kind, name, result.flops, result.ratio, result.parameters, evaluation, point, note, predicted
-        )
+        close = self.fidelity(result.module, self.columns, self.parents.input)
+        size = result.parameters
+        return Row(kind, name, result.flops, result.ratio, size, evaluation, point, note, predicted, close)
 
     def curve(self, one: Merged, start: Evaluation) -> list[dict[str, float | None]]:
         """Accuracy of a network against seconds of refining, from what was kept of it on the way."""
@@ -142,16 +162,9 @@ class Judge:
     def score(self, module: nn.Module, columns: Columns, preprocess: Preprocess) -> Evaluation:
         """As `evaluate`, from the store where this network met these images before."""
         meaning = {
-            "state": content_hash(module.state_dict()),
-            "network": pleas.program_config(module)
-            or f"{type(module).__module__}.{type(module).__qualname__}",
-            "parents": self.parents.fingerprint,
-            "columns": {name: [head.start, head.stop] for name, head in columns.items()},
-            "preprocess": preprocess.to_dict(),
+            **self._meaning(module, columns, preprocess),
             "tasks": self.tasks.fingerprint,
             "agreement": sorted(self.parent_scores),
-            "device": self.work.device.type,
-            "torch": torch.__version__,
         }
 
         def make() -> Stage:
@@ -169,6 +182,50 @@ class Judge:
 
         stage = self.work.finished("evaluation", meaning, make)
         return _evaluation(stage)
+
+    def fidelity(self, module: nn.Module, columns: Columns, preprocess: Preprocess) -> Fidelity | None:
+        """How close a network is to its parents on held-out proxies; None where the judge has none."""
+        held = self.held
+        if held is None:
+            return None
+        meaning = {**self._meaning(module, columns, preprocess), "held out": held.fingerprint}
+
+        def make() -> Stage:
+            outputs = self._predict(module, preprocess)
+            return Stage({}, fidelity(outputs, self._answers, columns, self._target).to_dict())
+
+        return Fidelity(**self.work.finished("fidelity", meaning, make).value)
+
+    @cached_property
+    def _answers(self) -> dict[str, Tensor]:
+        return {each.name: self._predict(each.module, each.preprocess) for each in self.parents.each}
+
+    @property
+    def _target(self) -> Tensor:
+        answers = list(self._answers.values())
+        separate = self.work.recipe.recipe.labels == "separate"
+        return torch.cat(answers, 1) if separate else torch.stack(answers).mean(0)
+
+    def _predict(self, module: nn.Module, preprocess: Preprocess) -> Tensor:
+        """Outputs for the held-out proxies. Raises RunError where they are not finite."""
+        assert self.held is not None
+        batches = (preprocess(images.to(self.work.device)) for images in self.held.images.split(256))
+        outputs = predict_batches(module, batches, device=self.work.device)
+        if not outputs.isfinite().all():
+            raise RunError("a network returned NaN or infinity on held-out proxies; its weights overflowed")
+        return outputs
+
+    def _meaning(self, module: nn.Module, columns: Columns, preprocess: Preprocess) -> dict[str, Any]:
+        return {
+            "state": content_hash(module.state_dict()),
+            "network": pleas.program_config(module)
+            or f"{type(module).__module__}.{type(module).__qualname__}",
+            "parents": self.parents.fingerprint,
+            "columns": {name: [head.start, head.stop] for name, head in columns.items()},
+            "preprocess": preprocess.to_dict(),
+            "device": self.work.device.type,
+            "torch": torch.__version__,
+        }
 
 
 def _evaluation(stage: Stage) -> Evaluation:

@@ -20,6 +20,7 @@ from datafree.proxy.source import Request
 from datafree.recipe.file import RecipeFile
 from datafree.recipe.schema import FreshSpec, RefineSpec
 from datafree.seeds import derive_seed
+from datafree.stages.holding import unsolved
 from datafree.stages.merging import Merged
 from datafree.stages.parents import LoadedParents
 from datafree.stages.work import Work
@@ -132,6 +133,7 @@ def _refine_one(
     meaning = {
         "parents": parents.fingerprint,
         "images": proxies.fingerprint,
+        "unused": [work.settings.holdout, work.settings.seed],
         "start": content_hash(one.result.module.state_dict()),
         "network": pleas.program_config(one.result.module),
         "settings": asdict(settings),
@@ -202,6 +204,7 @@ def _run(
         renew=renew,
         features=features,
         groups=proxies.source_names,
+        unused=unsolved(work, len(proxies)),
         snapshots=curve,
         device=work.device,
         state=None if kept is None else _joined(kept.value, kept.tensors),

@@ -335,6 +335,7 @@ def test_merge_prints_the_table_and_the_places(tiny: Tiny, tmp_path: Path) -> No
         "upright",
         "rotated",
         "average",
+        *("agree", "a", "agree", "b", "KL"),
         "predicted",
         "FLOPs",
         "ratio",

@@ -680,6 +680,16 @@ def test_split_is_a_partition() -> None:
     assert not torch.equal(held, split_off(50, 0.2, seed=2)[1])
 
 
+def test_images_that_nothing_learnt_from_are_held_out_first() -> None:
+    unused = torch.zeros(40, dtype=torch.bool)
+    unused[[3, 17, 30]] = True
+    names = ["photo", "noise"] * 20
+    train, held = split_off(40, 0.25, seed=1, sources=names, unused=unused)
+    assert {3, 17, 30} <= set(held.tolist())
+    assert [sum(names[i] == name for i in held.tolist()) for name in ("photo", "noise")] == [5, 5]
+    assert sorted([*train.tolist(), *held.tolist()]) == list(range(40))
+
+
 # what the hardware's library gets wrong ---------------------------------------------------
 
 

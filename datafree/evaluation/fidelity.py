@@ -1,0 +1,71 @@
+"""How close a network is to its parents on images that nobody labelled: what can be known without any data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from datafree.evaluation.evaluate import Columns
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """One network beside its parents on held-out proxies; a parent whose head the network lacks is left out.
+
+    images:     how many
+    agreement:  parent -> share of images for which the network chooses the class that this parent chooses
+    divergence: parent -> mean Kullback-Leibler divergence of the network's prediction from this parent's, in nats
+    error:      squared error of the outputs relative to the variance of what they should be, the mean of the parents'
+                logits or with separate heads all of them; None for a network that lacks a head
+    """
+
+    images: int
+    agreement: Mapping[str, float]
+    divergence: Mapping[str, float]
+    error: float | None = None
+
+    @property
+    def mean_agreement(self) -> float:
+        return sum(self.agreement.values()) / len(self.agreement)
+
+    @property
+    def mean_divergence(self) -> float:
+        return sum(self.divergence.values()) / len(self.divergence)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "images": self.images,
+            "agreement": dict(self.agreement),
+            "divergence": dict(self.divergence),
+            "error": self.error,
+        }
+
+
+def fidelity(outputs: Tensor, answers: Mapping[str, Tensor], columns: Columns, target: Tensor) -> Fidelity:
+    """Compare (N, K) `outputs` with every parent's own, (N, K_p) by name.
+
+    columns: the output columns that stand for each parent        target: (N, K) of all parents together
+    """
+    agreement, divergence = {}, {}
+    for name, answer in answers.items():
+        head = columns.get(name)
+        if head is None:
+            continue
+        ours, theirs = outputs[:, head].double(), answer.double()
+        agreement[name] = float((ours.argmax(1) == theirs.argmax(1)).double().mean())
+        terms = F.kl_div(ours.log_softmax(1), theirs.log_softmax(1), reduction="none", log_target=True)
+        divergence[name] = max(0.0, float(terms.sum(1).mean()))
+    error = relative_error(outputs, target) if outputs.shape == target.shape else None
+    return Fidelity(len(outputs), agreement, divergence, error)
+
+
+def relative_error(outputs: Tensor, target: Tensor) -> float:
+    """Squared error over the target's variance, (N, K) each; 1 is what the target's mean would do."""
+    wanted = target.double()
+    spread = (wanted - wanted.mean(0)).square().sum().clamp_min(torch.finfo(torch.float64).tiny)
+    return float((outputs.double() - wanted).square().sum() / spread)
