@@ -79,8 +79,6 @@ def test_the_terminal_says_the_verdict_and_every_note(tiny: Tiny, tmp_path: Path
     heading = result.stdout.splitlines()[1]
     columns = ("agree", "a", "agree", "b", "KL", "predicted", "FLOPs", "ratio", "parameters")
     assert heading.split() == ["network", *columns]
-        *["network", "agree", "a", "agree", "b", "KL", "predicted", "FLOPs", "ratio", "parameters"]
-    ]
     assert "\nverdict: merged, budget 1" in result.stdout
     assert "the proxies look poor to the parents. Better proxies come first" in result.stdout
     for note in json.loads((tmp_path / "out" / "metrics.json").read_text())["notes"]:
