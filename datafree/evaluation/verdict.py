@@ -33,7 +33,7 @@ def verdict(results: Results, looks: Mapping[str, str], *, refined: bool) -> Ver
     value = _value(results, chosen, measure)
     images = 0 if ensemble.fidelity is None else ensemble.fidelity.images
     alone = _better_alone(results, known, measure)
-    reached = value >= ENOUGH * best_known
+    reached = value >= ENOUGH * best_known > 0
     where = "" if measure == "accuracy" else f" with the parents on {images} held-out proxies"
     near = f"is the smallest network within {100 * (1 - ENOUGH):.0f} % of the ensemble"
     sentence = (
@@ -41,7 +41,7 @@ def verdict(results: Results, looks: Mapping[str, str], *, refined: bool) -> Ver
         f"{_share(value, best_known)} of the ensemble's {100 * best_known:.1f} %, at {chosen.ratio:.2f} times one "
         f"parent's multiply-adds; {_proxies(looks)}"
     )
-    steps = [] if alone is None else [alone]
+    steps = [text for text in (alone, _contradiction(results, ensemble, measure)) if text]
     if not reached:
         steps += _remedies(results, chosen, known, measure, best_known, looks, ensemble.ratio, refined)
     elif measure == "agreement" and _worst(looks) == "poor":
@@ -88,6 +88,22 @@ def _better_alone(results: Results, known: Sequence[Row], measure: Measure) -> s
         f"{row.title} alone has {measure} {100 * value:.1f} %, more than every merged network: take it where one "
         "network must serve"
     )
+
+
+def _contradiction(results: Results, ensemble: Row, measure: Measure) -> str | None:
+    """A sentence where the ensemble, which a merge can hardly exceed, is nothing to aim at."""
+    value = _value(results, ensemble, measure)
+    if measure == "agreement":
+        if value >= 0.5:
+            return None
+        return (
+            f"Even the ensemble agrees with its parents on {100 * value:.0f} % of the proxies: the parents contradict "
+            "each other there"
+        )
+    known = [value_of(results, row, measure) for row in results.of_kind("parent")]
+    if not any(alone is not None and alone >= value for alone in known):
+        return None
+    return "The ensemble itself is no better than one parent alone: these parents do not complete each other"
 
 
 def _lowest(row: Row) -> float:

@@ -69,6 +69,18 @@ def test_a_parent_that_beats_every_merge_is_said() -> None:
     assert found.steps[2] == "Try a larger budget: merge.budgets go up to 2"
 
 
+def test_an_ensemble_that_is_nothing_to_aim_at_is_said() -> None:
+    parents = (row("parent", 1, "a", is_=0.6), row("parent", 1, "b", is_=0.6), row("ensemble", 2, is_=0.6))
+    found = say(*parents, row("merged", 1.0, is_=0.6))
+    assert found.steps == (
+        "The ensemble itself is no better than one parent alone: these parents do not complete each other",
+    )
+    apart = row("parent", 1, "a", is_=(1.0, 0.0)), row("ensemble", 2, is_=(0.0, 0.0))
+    found = say(*apart, row("parent", 1, "b", is_=(0.0, 1.0)), row("merged", 1.0, is_=(0.0, 0.0)))
+    assert "comes closest to the ensemble: agreement 0.0 %" in found.text
+    assert "Even the ensemble agrees with its parents on 0 % of the proxies" in found.text
+
+
 @pytest.mark.parametrize(
     ("real", "said"),
     [(0.71, "Real images would give 71.0 % here: better proxies come first"),
