@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 __all__ = ["Artefact", "__version__", "load", "run", "save"]
 
 _HOME = {
-    "Artefact": "artefact.artefact",
-    "load": "artefact.artefact",
-    "save": "artefact.artefact",
+    "Artefact": "artefact.load",
+    "load": "artefact.load",
+    "save": "artefact.save",
     "run": "pipeline",
 }
 
