@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from datafree.evaluation.evaluate import Columns
+from datafree.evaluation.measures import relative_error
 
 
 @dataclass(frozen=True)
@@ -62,10 +62,3 @@ def fidelity(outputs: Tensor, answers: Mapping[str, Tensor], columns: Columns, t
         divergence[name] = max(0.0, float(terms.sum(1).mean()))
     error = relative_error(outputs, target) if outputs.shape == target.shape else None
     return Fidelity(len(outputs), agreement, divergence, error)
-
-
-def relative_error(outputs: Tensor, target: Tensor) -> float:
-    """Squared error over the target's variance, (N, K) each; 1 is what the target's mean would do."""
-    wanted = target.double()
-    spread = (wanted - wanted.mean(0)).square().sum().clamp_min(torch.finfo(torch.float64).tiny)
-    return float((outputs.double() - wanted).square().sum() / spread)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -16,10 +16,13 @@ from datafree.errors import RunError
 from datafree.evaluation.evaluate import (
     Columns,
     Evaluation,
+    Task,
     TaskScore,
-    evaluate,
+    evaluate_outputs,
     parent_columns,
+    predict,
     predict_batches,
+    relative_to,
 )
 from datafree.evaluation.fidelity import Fidelity, fidelity
 from datafree.evaluation.results import Kind, Point, Row
@@ -103,6 +106,9 @@ class Judge:
     tasks: EvaluationSet
     parent_scores: Mapping[str, Evaluation]
     held: HeldOut | None = None
+    logits: dict[str, Tensor] = field(
+        default_factory=dict
+    )  # the ensemble's by task, where they were asked for
 
     @classmethod
     def with_parents(
@@ -123,9 +129,9 @@ class Judge:
         judge, rows = replace(alone, parent_scores=scores), []
         for parent in parents.each:
             close = judge.fidelity(parent.module, columns[parent.name], parent.preprocess)
-            size, found = _parameters(parent.module), scores[parent.name]
+            size, found = _parameters(parent.module), relative_to(scores, scores[parent.name])
             rows.append(Row("parent", parent.name, cost, 1.0, size, found, fidelity=close))
-        together, count = AllParents(parents, labels), len(parents.each)
+        together, count = judge.together, len(parents.each)
         evaluation = judge.score(together, judge.columns, parents.input)
         close = judge.fidelity(together, judge.columns, parents.input)
         size = _parameters(together)
@@ -161,27 +167,33 @@ class Judge:
 
     def score(self, module: nn.Module, columns: Columns, preprocess: Preprocess) -> Evaluation:
         """As `evaluate`, from the store where this network met these images before."""
-        meaning = {
-            **self._meaning(module, columns, preprocess),
-            "tasks": self.tasks.fingerprint,
-            "agreement": sorted(self.parent_scores),
-        }
+        meaning = {**self._meaning(module, columns, preprocess), "tasks": self.tasks.fingerprint}
+
+        def outputs(task: Task) -> Tensor:
+            return self._on_task(module, preprocess, task)
 
         def make() -> Stage:
-            found = evaluate(
-                module,
-                self.tasks.tasks,
-                preprocess,
-                columns,
-                parents=self.parent_scores,
-                device=self.work.device,
-                progress=self.work.progress,
-            )
+            own = self._ensemble_on if isinstance(module, AllParents) else outputs
+            found = evaluate_outputs(own, self.tasks.tasks, columns, self._ensemble_on)
             predictions = {score.task: torch.from_numpy(score.predictions) for score in found.tasks}
             return Stage(predictions, found.to_dict())
 
-        stage = self.work.finished("evaluation", meaning, make)
-        return _evaluation(stage)
+        found = _evaluation(self.work.finished("evaluation", meaning, make), self.tasks)
+        return relative_to(self.parent_scores, found)
+
+    @cached_property
+    def together(self) -> AllParents:
+        """The ensemble."""
+        return AllParents(self.parents, self.work.recipe.recipe.labels)
+
+    def _ensemble_on(self, task: Task) -> Tensor:
+        if task.name not in self.logits:
+            self.logits[task.name] = self._on_task(self.together, self.parents.input, task)
+        return self.logits[task.name]
+
+    def _on_task(self, module: nn.Module, preprocess: Preprocess, task: Task) -> Tensor:
+        device = self.work.device
+        return predict(module, task.images, preprocess, device=device, progress=self.work.progress)
 
     def fidelity(self, module: nn.Module, columns: Columns, preprocess: Preprocess) -> Fidelity | None:
         """How close a network is to its parents on held-out proxies; None where the judge has none."""
@@ -228,21 +240,14 @@ class Judge:
         }
 
 
-def _evaluation(stage: Stage) -> Evaluation:
+def _evaluation(stage: Stage, tasks: EvaluationSet) -> Evaluation:
+    targets, value = {task.name: task.targets for task in tasks.tasks}, stage.value
     scores = tuple(
-        TaskScore(
-            task=task,
-            expert=value["expert"],
-            count=value["count"],
-            accuracy=value["accuracy"],
-            per_class=value["per_class"],
-            worst_class=(value["worst_class"]["class"], value["worst_class"]["accuracy"]),
-            agreement=value["agreement"],
-            predictions=stage.tensors[task].numpy(),
-        )
-        for task, value in stage.value["tasks"].items()
+        TaskScore.from_dict(task, told, stage.tensors[task].numpy(), targets[task])
+        for task, told in value["tasks"].items()
     )
-    return Evaluation(scores, stage.value["average"], stage.value["joint"])
+    intervals = [value[key] and tuple(value[key]) for key in ("interval", "joint_interval")]
+    return Evaluation(scores, value["average"], value["joint"], *intervals)
 
 
 def _parameters(module: nn.Module) -> int:
