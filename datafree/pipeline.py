@@ -1,7 +1,7 @@
 """The front door: `run(recipe, out)` reads as the data flow.
 
 recipe -> parents -> images -> symmetry -> proxies -> statistics -> matching -> diagnosis -> plan -> least squares
-       -> refine -> baselines -> oracle -> evaluation -> report
+       -> refine -> baselines -> oracle -> evaluation -> latency -> report
 """
 
 from __future__ import annotations
@@ -45,10 +45,12 @@ from datafree.stages import (
     load_tasks,
     make_plans,
     make_proxies,
+    measure_barriers,
     merge_real,
     proxy_inputs,
     refine_merged,
     solve_plans,
+    time_networks,
     trace_parents,
 )
 from datafree.text import json_text
@@ -113,8 +115,12 @@ def run(
         caution = _caution(networks.symmetry)
         held = hold_out(work, proxies)
         rows, curves = evaluate_all(work, parents, tasks, baselines, merged, refined, oracles, caution, held)
+        barriers = measure_barriers(work, parents, evidence, tasks)
+        final = refined or merged
+        latency = time_networks(work, parents, {one.point.label: one.result.module for one in final})
         with work.progress.stage("report"):
             results = _results(work, parents, networks, proxies, merged, rows, looks)
+            results = replace(results, barriers=barriers)
             seconds = time.perf_counter() - started
             record = _record(work, parents, proxies, real, seconds, command)
             record["proxies"]["diagnosis"] = looks
@@ -123,7 +129,7 @@ def run(
                 for one in refined
                 if one.refined
             }
-            final = refined or merged
+            record["latency"] = latency
             artefacts = _write(work, out, parents, proxies, final, results, record, overwrite, export)
     return Outcome(out, artefacts, final, results, record)
 

@@ -245,7 +245,7 @@ def predict_batches(
     module: nn.Module, batches: Iterable[Tensor], *, device: torch.device | str = "cpu"
 ) -> Tensor:
     """Outputs of `module` for inputs that are on `device`: float32 (N, K), on the CPU. It is left as it was."""
-    with _evaluating(module, device), torch.inference_mode():
+    with evaluating(module, device), torch.inference_mode():
         return torch.cat([module(batch).float().cpu() for batch in batches])
 
 
@@ -275,7 +275,8 @@ def _score(task: Task, logits: Tensor, error: float | None) -> TaskScore:
 
 
 @contextmanager
-def _evaluating(module: nn.Module, device: torch.device | str) -> Iterator[None]:
+def evaluating(module: nn.Module, device: torch.device | str) -> Iterator[None]:
+    """Run `module` on `device` in evaluation mode; its modes and its home are restored."""
     training = {name: child.training for name, child in module.named_modules()}
     home = next((tensor.device for tensor in (*module.parameters(), *module.buffers())), torch.device(device))
     module.to(device).eval()

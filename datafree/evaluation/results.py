@@ -126,12 +126,43 @@ class Verdict:
 
 
 @dataclass(frozen=True)
+class Line:
+    """The loss along the straight line from one parent to another.
+
+    matched: whether the second one's units are in the first one's order
+    at:      places on the line from 0 (the first) to 1
+    losses:  negative log-likelihood there, mean of the tasks, in nats
+    """
+
+    parents: tuple[str, str]
+    matched: bool
+    at: tuple[float, ...]
+    losses: tuple[float, ...]
+
+    @property
+    def barrier(self) -> float:
+        """The most by which the loss exceeds the straight line between its ends (Frankle et al., arXiv 1912.05671)."""
+        first, last = self.losses[0], self.losses[-1]
+        return max(loss - (1 - t) * first - t * last for t, loss in zip(self.at, self.losses, strict=True))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "parents": list(self.parents),
+            "matched": self.matched,
+            "at": list(self.at),
+            "losses": list(self.losses),
+            "barrier": self.barrier,
+        }
+
+
+@dataclass(frozen=True)
 class Results:
     """All rows of a run and the evidence behind the merged ones.
 
     layers: per point, the predicted relative residual of every layer
     plans:  per point, predicted error, cost and the table of `artefact.plan_table`
     verdict: which network to take and what to do next; None where nobody asked
+    barriers: the loss along the lines between parents, where the recipe asks
     """
 
     name: str
@@ -143,6 +174,7 @@ class Results:
     plans: Mapping[Point, Mapping[str, Any]]
     notes: tuple[str, ...]
     verdict: Verdict | None = None
+    barriers: tuple[Line, ...] = ()
 
     def of_kind(self, kind: Kind) -> list[Row]:
         return [row for row in self.rows if row.kind == kind]
@@ -175,6 +207,7 @@ class Results:
             },
             "plans": {point.label: dict(plan) for point, plan in self.plans.items()},
             "notes": list(self.notes),
+            "barriers": [line.to_dict() for line in self.barriers],
             "verdict": None if self.verdict is None else self.verdict.to_dict(),
         }
 

@@ -4,6 +4,7 @@ order.
 Long stages keep what they found in the store, so that a run that was interrupted goes on where it stopped.
 """
 
+from datafree.stages.barrier import measure_barriers
 from datafree.stages.diagnosing import judge_proxies
 from datafree.stages.holding import HeldOut, hold_out
 from datafree.stages.inputs import (
@@ -16,7 +17,7 @@ from datafree.stages.inputs import (
     proxy_inputs,
     refuse_leak,
 )
-from datafree.stages.judging import AllParents, Judge, evaluate_all
+from datafree.stages.judging import AllParents, Judge, evaluate_all, time_networks
 from datafree.stages.merging import (
     Merged,
     average_weights,
@@ -56,10 +57,12 @@ __all__ = [
     "load_tasks",
     "make_plans",
     "make_proxies",
+    "measure_barriers",
     "merge_real",
     "proxy_inputs",
     "refine_merged",
     "refuse_leak",
     "solve_plans",
+    "time_networks",
     "trace_parents",
 ]

@@ -25,6 +25,7 @@ from datafree.evaluation.evaluate import (
     relative_to,
 )
 from datafree.evaluation.fidelity import Fidelity, fidelity
+from datafree.evaluation.latency import measure_latency
 from datafree.evaluation.results import Kind, Point, Row
 from datafree.images.preprocess import Preprocess
 from datafree.stages.holding import HeldOut
@@ -33,6 +34,7 @@ from datafree.stages.merging import Merged
 from datafree.stages.parents import LoadedParents
 from datafree.stages.work import Work
 
+TIMED = 8  # images of a forward pass that is timed
 Curves = Mapping[Point, list[dict[str, float | None]]]  # seconds of refining, task average, joint accuracy
 
 
@@ -252,3 +254,12 @@ def _evaluation(stage: Stage, tasks: EvaluationSet) -> Evaluation:
 
 def _parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+def time_networks(work: Work, parents: LoadedParents, ours: Mapping[str, nn.Module]) -> dict[str, Any]:
+    """The latency of the networks of a run beside one parent and the ensemble."""
+    images = torch.zeros(TIMED, *parents.input.shape)
+    together = AllParents(parents, work.recipe.recipe.labels)
+    networks = {f"parent {parents.first.name}": parents.first.module, "ensemble": together, **ours}
+    with work.progress.stage("latency"):
+        return measure_latency(networks, images, device=work.device).to_dict()
