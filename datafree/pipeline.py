@@ -26,6 +26,7 @@ from datafree.progress import StageProgress
 from datafree.proxy import ProxySet
 from datafree.recipe.file import RecipeFile
 from datafree.report.pages import html_report, model_card
+from datafree.report.sheets import proxy_sheets
 from datafree.stages import (
     LoadedParents,
     Merged,
@@ -40,6 +41,7 @@ from datafree.stages import (
     has_batch_norm,
     hold_out,
     judge_proxies,
+    layer_similarity,
     load_oracle,
     load_parents,
     load_tasks,
@@ -130,6 +132,7 @@ def run(
                 if one.refined
             }
             record["latency"] = latency
+            record["similarity"] = layer_similarity(evidence)
             artefacts = _write(work, out, parents, proxies, final, results, record, overwrite, export)
     return Outcome(out, artefacts, final, results, record)
 
@@ -274,7 +277,7 @@ def _write(
         RECIPE: recipe.source.text,
         METRICS: json_text(results.to_dict()),
         RECORD: json_text(record),
-        REPORT: html_report(results, record, recipe.resolved(out)),
+        REPORT: html_report(results, record, recipe.resolved(out), proxy_sheets(proxies)),
     }
     inside = [Path() if len(merged) == 1 else Path(one.point.folder) for one in merged]
     with new_folder(out, overwrite=overwrite) as building:

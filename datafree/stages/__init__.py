@@ -18,6 +18,7 @@ from datafree.stages.inputs import (
     refuse_leak,
 )
 from datafree.stages.judging import AllParents, Judge, evaluate_all, time_networks
+from datafree.stages.likeness import layer_similarity
 from datafree.stages.merging import (
     Merged,
     average_weights,
@@ -52,6 +53,7 @@ __all__ = [
     "hold_out",
     "image_inputs",
     "judge_proxies",
+    "layer_similarity",
     "load_oracle",
     "load_parents",
     "load_tasks",
