@@ -15,6 +15,7 @@ from typing import Any
 
 import click
 import torch
+from torch import nn
 
 import pleas
 from benchmarks.common import (
@@ -90,7 +91,7 @@ def merged_rows(pair: Pair, source: str, seed: int, apart: Sequence[float]) -> l
     gathering = time.perf_counter() - started
     known: Row = {"source": source, "count": len(images), "seed": seed}
     rows = [
-        row(f"{name}, BN re-estimated", pair.score(average.module), ratio=average.ratio, **known)
+        row(f"{name}, BN re-estimated", pair.score(average), ratio=_ratio(pair, average), **known)
         for name, average in pair.averages(evidence).items()
     ]
     for fraction in apart:
@@ -102,6 +103,11 @@ def merged_rows(pair: Pair, source: str, seed: int, apart: Sequence[float]) -> l
         rows.append(row("ours", scored, ratio=result.ratio, apart=fraction, **told, **known))
         print(f"{source}, seed {seed}, {fraction:g} apart: {scored.average:.4f} at {result.ratio:.3f}x")
     return rows
+
+
+def _ratio(pair: Pair, module: nn.Module) -> float:
+    example = pair.parents.example
+    return pleas.flops(module, example) / pleas.flops(pair.parents.first.module, example)
 
 
 def row(method: str, scored: Evaluation, **known: Any) -> Row:

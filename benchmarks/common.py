@@ -29,12 +29,13 @@ from datafree.stages import (
     Inputs,
     LoadedParents,
     Work,
-    average_weights,
     begin,
     load_parents,
     load_tasks,
     proxy_inputs,
 )
+from pleas.comparators import Case
+from pleas.comparators.averages import Permutation, PlainAverage
 from pleas.settings import Heads
 from pleas.symmetry import identity
 
@@ -103,10 +104,10 @@ class Pair:
         statistics = pleas.collect(networks, inputs, images=inputs.count)
         return pleas.gather(networks, inputs, statistics=statistics)
 
-    def averages(self, evidence: pleas.Evidence) -> dict[str, pleas.MergeResult]:
+    def averages(self, evidence: pleas.Evidence) -> dict[str, nn.Module]:
         """`plain average` and `permutation only` at 1.0x, batch norms re-estimated on the evidence's images."""
-        assert isinstance(evidence.inputs, Inputs)
-        return average_weights(self.work, evidence, evidence.inputs)
+        case = Case(evidence, evidence.inputs)
+        return {method.title: method()(case) for method in (PlainAverage, Permutation)}
 
     def score(self, module: nn.Module, columns: Columns | None = None) -> Evaluation:
         """Score a network that answers for all parents."""

@@ -302,6 +302,15 @@ def evaluate(folder: str, recipe: str, settings: tuple[str, ...], device: str, a
 
 @main.command()
 @JSON
+def methods(as_json: bool) -> None:
+    """List the methods that a recipe's `compare` can name: what each is, what it needs, its keys."""
+    from datafree.commands import methods
+
+    methods.run(as_json)
+
+
+@main.command()
+@JSON
 def env(as_json: bool) -> None:
     """Show versions, devices, threads, and where the cache is and how large."""
     from datafree.commands import env

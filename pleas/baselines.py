@@ -10,6 +10,12 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from pleas.layers.layer import BATCH_NORM
+from pleas.symmetry import Symmetry
+
+
+def has_batch_norm(symmetry: Symmetry) -> bool:
+    """Whether the network normalises by running statistics anywhere."""
+    return any(node.target is BATCH_NORM for node in symmetry.program.graph.nodes)
 
 
 class Ensemble(nn.Module):

@@ -25,6 +25,7 @@ from datafree.stages import (
     begin,
     check_refining,
     check_rows,
+    choose_methods,
     load_oracle,
     load_parents,
     refuse_leak,
@@ -154,6 +155,10 @@ def _check_work(
         work.progress.notes.extend(symmetry.program.notes)
         check_rows(work, networks, recipe.proxy.count)
         check_refining(work, parents, networks)
+        with faults.collected():
+            methods = choose_methods(work, networks)
+            if methods:
+                yield "compare", ", ".join(one.name for one in methods)
         widenable = sum(unit_class.widenable for unit_class in symmetry.classes)
         yield (
             "symmetry",

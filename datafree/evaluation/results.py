@@ -13,7 +13,7 @@ from datafree.evaluation.fidelity import Fidelity
 
 SCHEMA = 2  # of metrics.json: see docs/metrics.md
 _EACH = 3  # parents that have a column of their own for agreement
-Kind = Literal["parent", "ensemble", "baseline", "merged", "refined", "oracle"]
+Kind = Literal["parent", "ensemble", "baseline", "comparator", "merged", "refined", "oracle"]
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,9 @@ class Point:
 class Row:
     """One network: what it costs and how good it is.
 
-    kind:  what it is: merged is by least squares, the oracle is merged from real images
-    name:  which parent, or which baseline; "" where there is but one of the kind
+    kind:  what it is: merged is by least squares, the oracle is merged from real images; a baseline is a plain
+           average, a comparator another method that makes one network
+    name:  which parent, or which baseline or method; "" where there is but one of the kind
     flops: floating-point operations for one image, as FlopCounterMode counts them (2 per multiply-add)
     ratio: flops relative to one parent
     note:  what a reader must know to compare the row, "" where nothing
@@ -59,7 +60,7 @@ class Row:
     @property
     def title(self) -> str:
         """ "parent a", "ensemble", "plain average", "merged"."""
-        if self.kind == "baseline":
+        if self.kind in ("baseline", "comparator"):
             return self.name
         return f"{self.kind} {self.name}".rstrip()
 

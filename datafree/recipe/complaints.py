@@ -38,7 +38,7 @@ def located(error: pydantic.ValidationError, source: Source) -> list[str]:
         if detail["type"] == "missing" and detail["loc"] in meant:
             continue  # it is there, misspelt
         key = _data_key(detail["loc"], source.data, detail["type"])
-        if detail["type"] == "union_tag_invalid":
+        if detail["type"] == "union_tag_invalid" and not isinstance(_at(source.data, key), str):
             key = (*key, detail["ctx"]["discriminator"].strip("'"))
         message = _message(detail, key)
         messages = told.setdefault(key, [])
@@ -50,6 +50,12 @@ def located(error: pydantic.ValidationError, source: Source) -> list[str]:
     if error.error_count() > _MOST_DETAILS or len(lines) > _MOST_LINES:
         said.append(f"and {error.error_count() - len(said):,} more: mend these first")
     return said
+
+
+def _at(data: Any, key: Key) -> Any:
+    for part in key:
+        data = data[part]
+    return data
 
 
 def _misspelt(detail: Any) -> tuple[int | str, ...] | None:

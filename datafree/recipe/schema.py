@@ -19,6 +19,7 @@ from datafree.images.image_set import ImageSpec
 from datafree.models.parent import ParentSpec
 from datafree.proxy import ProxySpec
 from datafree.proxy.kinds.inversion import InversionSpec
+from datafree.recipe.comparing import DEFAULT, Compare
 from datafree.spec import Spec
 from pleas.parents import MOST
 
@@ -171,6 +172,8 @@ class Recipe(Spec):
     parents: two or more of one architecture, by names of your choice
     labels: "shared" (all parents predict the same classes: one head) or "separate" (one head per parent)
     folder: where relative paths start; the recipe's own folder when absent
+    compare: other methods that make one network of the same parents, for the table: `all`, or a list of names and of
+        mappings, as `[permutation, {method: regmean, off_diagonal: 0.8}]`; `datafree methods` lists them
     barrier: at how many points of the line between every two parents, ends included, the loss is measured on the
         tasks, as their units come and matched; not measured when absent
     license, base_models: for the model cards, as the Hugging Face Hub names them: apache-2.0, [me/a, me/b]
@@ -184,6 +187,7 @@ class Recipe(Spec):
     proxy: ProxySection
     merge: MergeSpec
     refine: RefineSpec | None = None
+    compare: Compare = DEFAULT
     evaluate: tuple[TaskSpec, ...] = ()
     oracle: OracleSpec | None = None
     barrier: int | None = Field(default=None, ge=3, le=101)

@@ -5,6 +5,7 @@ Long stages keep what they found in the store, so that a run that was interrupte
 """
 
 from datafree.stages.barrier import measure_barriers
+from datafree.stages.comparing import Chosen, Compared, caution, choose_methods, compare_methods
 from datafree.stages.diagnosing import judge_proxies
 from datafree.stages.holding import HeldOut, hold_out
 from datafree.stages.inputs import (
@@ -21,19 +22,20 @@ from datafree.stages.judging import AllParents, Judge, evaluate_all, time_networ
 from datafree.stages.likeness import layer_similarity
 from datafree.stages.merging import (
     Merged,
-    average_weights,
     check_rows,
     gather_evidence,
     make_plans,
     merge_real,
     solve_plans,
 )
-from datafree.stages.parents import LoadedParents, has_batch_norm, load_parents, trace_parents
+from datafree.stages.parents import LoadedParents, load_parents, trace_parents
 from datafree.stages.refining import check_refining, refine_merged
 from datafree.stages.work import Work, begin, choose_device, exact_arithmetic
 
 __all__ = [
     "AllParents",
+    "Chosen",
+    "Compared",
     "EvaluationSet",
     "HeldOut",
     "Inputs",
@@ -41,15 +43,16 @@ __all__ = [
     "LoadedParents",
     "Merged",
     "Work",
-    "average_weights",
     "begin",
+    "caution",
     "check_refining",
     "check_rows",
     "choose_device",
+    "choose_methods",
+    "compare_methods",
     "evaluate_all",
     "exact_arithmetic",
     "gather_evidence",
-    "has_batch_norm",
     "hold_out",
     "image_inputs",
     "judge_proxies",

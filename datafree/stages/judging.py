@@ -1,4 +1,4 @@
-"""Every network on every task: the parents, the ensemble, the baselines, the merged networks, the oracle."""
+"""Every network on every task: the parents, the ensemble, the other methods, the merged networks, the oracle."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ from datafree.evaluation.fidelity import Fidelity, fidelity
 from datafree.evaluation.latency import measure_latency
 from datafree.evaluation.results import Kind, Point, Row
 from datafree.images.preprocess import Preprocess
+from datafree.stages.comparing import Compared
 from datafree.stages.holding import HeldOut
 from datafree.stages.inputs import EvaluationSet
 from datafree.stages.merging import Merged
@@ -67,20 +68,22 @@ def evaluate_all(
     work: Work,
     parents: LoadedParents,
     tasks: EvaluationSet,
-    baselines: Mapping[str, pleas.MergeResult],
+    compared: Sequence[Compared],
     merged: Sequence[Merged],
     refined: Sequence[Merged],
     oracles: Sequence[Merged],
-    note: str,
+    notes: Mapping[str, str],
     held: HeldOut,
 ) -> tuple[tuple[Row, ...], Curves]:
     """Every network on every task it can answer and on held-out proxies, and how refining got there.
 
-    note: what the reader must know of the baselines
+    notes: what the reader must know of other methods, by name
     """
     with work.progress.stage("evaluation"):
         judge, rows = Judge.with_parents(work, parents, tasks, held)
-        rows += [judge.row("baseline", result, name=name, note=note) for name, result in baselines.items()]
+        rows += [
+            judge.row(one.chosen.kind, one, name=one.name, note=notes.get(one.name, "")) for one in compared
+        ]
         rows += [judge.row("merged", one.result, one.point) for one in merged]
         rows += [judge.row("refined", one.result, one.point, note=_verdict(one)) for one in refined]
         rows += [judge.row("oracle", one.result, one.point) for one in oracles]
@@ -148,14 +151,16 @@ class Judge:
     def row(
         self,
         kind: Kind,
-        result: pleas.MergeResult,
+        result: pleas.MergeResult | Compared,
         point: Point | None = None,
         *,
         name: str = "",
         note: str = "",
     ) -> Row:
         evaluation = self.score(result.module, self.columns, self.parents.input)
-        predicted = result.held_out_error if kind in ("merged", "oracle") else None
+        predicted = None
+        if isinstance(result, pleas.MergeResult) and kind in ("merged", "oracle"):
+            predicted = result.held_out_error
         close = self.fidelity(result.module, self.columns, self.parents.input)
         size = result.parameters
         return Row(kind, name, result.flops, result.ratio, size, evaluation, point, note, predicted, close)

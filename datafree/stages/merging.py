@@ -1,10 +1,7 @@
-"""From images to merged networks: statistics, matching, plan, least squares; and the plain averages beside
-them.
-"""
+"""From images to merged networks: statistics, matching, plan, least squares."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -18,12 +15,11 @@ from datafree.evaluation.results import Point
 from datafree.images.image_set import ImageSet
 from datafree.progress import StageProgress
 from datafree.stages.inputs import Inputs, image_inputs
-from datafree.stages.parents import LoadedParents, has_batch_norm
+from datafree.stages.parents import LoadedParents
 from datafree.stages.work import Work
 from pleas.plan.cost import output_places
 from pleas.refine import Snapshot
 from pleas.solve.equations import check_rows as pleas_check_rows
-from pleas.symmetry import identity
 
 
 @dataclass(frozen=True)
@@ -50,7 +46,7 @@ def gather_evidence(
     work: Work, parents: LoadedParents, networks: pleas.Parents, inputs: Inputs
 ) -> pleas.Evidence:
     """Second moments of all units from one pass over `inputs`, and the matching they give."""
-    meaning = _meaning_of_inputs(work, parents, inputs)
+    meaning = meaning_of_inputs(work, parents, inputs)
 
     def make() -> Stage:
         statistics = pleas.collect(networks, inputs, images=inputs.count, progress=work.progress)
@@ -62,7 +58,8 @@ def gather_evidence(
         return pleas.gather(networks, inputs, statistics=pleas.Statistics.from_tensors(found.tensors))
 
 
-def _meaning_of_inputs(work: Work, parents: LoadedParents, inputs: Inputs) -> dict[str, Any]:
+def meaning_of_inputs(work: Work, parents: LoadedParents, inputs: Inputs) -> dict[str, Any]:
+    """What the statistics of these images depend on."""
     settings = work.settings
     return {
         "parents": parents.fingerprint,
@@ -107,7 +104,7 @@ def _solved(
     inputs = evidence.inputs
     assert isinstance(inputs, Inputs)
     meaning = {
-        **_meaning_of_inputs(work, parents, inputs),
+        **meaning_of_inputs(work, parents, inputs),
         "settings": asdict(work.settings),
         "plan": {str(c): [p.masks.tolist(), p.sources.tolist()] for c, p in plan.classes.items()},
     }
@@ -149,30 +146,6 @@ def _solved(
         tried=dict(told["tried"]),
     )
     return Merged(point, result)
-
-
-def average_weights(work: Work, evidence: pleas.Evidence, inputs: Inputs) -> dict[str, pleas.MergeResult]:
-    """The parents' weights averaged at 1.0x, units as they come and matched; no least squares.
-
-    Their batch norms are re-estimated on the proxies, because averaged units lose variance (arXiv
-    2211.08403).
-    """
-    plan = _plan(evidence, Point("apart", 0.0))
-    unmatched = (identity(evidence.parents.symmetry),) * evidence.parents.count
-    orders = {"plain average": unmatched, "permutation only": evidence.alignments}
-    with work.progress.stage("baselines"):
-        return {
-            name: _average(work, replace(evidence, alignments=alignments), inputs, plan)
-            for name, alignments in orders.items()
-        }
-
-
-def _average(work: Work, evidence: pleas.Evidence, inputs: Inputs, plan: pleas.Plan) -> pleas.MergeResult:
-    result = pleas.assemble(evidence, plan, least_squares=False)
-    if not has_batch_norm(evidence.parents.symmetry):
-        return result
-    moved = copy.deepcopy(result.module).to(work.device)
-    return replace(result, module=pleas.reestimate_bn(moved, inputs.merged()).cpu())
 
 
 def merge_real(

@@ -16,7 +16,6 @@ from datafree.images.preprocess import Preprocess
 from datafree.models.parent import Parent, load_parent
 from datafree.recipe.file import RecipeFile
 from datafree.stages.work import Work
-from pleas.layers.layer import BATCH_NORM
 
 
 @dataclass(frozen=True)
@@ -154,7 +153,3 @@ def trace_parents(work: Work, parents: LoadedParents) -> pleas.Parents:
         return pleas.Parents.of(
             [parent.module for parent in parents.each], parents.example, work.settings, names=parents.names
         )
-
-
-def has_batch_norm(symmetry: pleas.Symmetry) -> bool:
-    return any(node.target is BATCH_NORM for node in symmetry.program.graph.nodes)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
 from pleas.evidence import Evidence
+from pleas.parents import Parents
 from pleas.statistics.collect import Batch
 
 Need = Literal["statistics", "matching", "images", "gradients", "base", "shared labels"]
@@ -40,6 +41,7 @@ class Comparator(ABC):
     legend of the report, with paper and equation.
     """
 
+    title: ClassVar[str] = ""  # what tables call it; without one, its name in METHODS
     needs: ClassVar[frozenset[Need]] = frozenset()
     most_parents: ClassVar[int | None] = None  # where the method is defined for fewer than any number
 
@@ -51,3 +53,21 @@ class Comparator(ABC):
     def legend(cls) -> str:
         """What the method is, in one line."""
         return (cls.__doc__ or "").strip().splitlines()[0]
+
+    def changed(self) -> str:
+        """The keys that are not at their defaults, as `off_diagonal 0.8, permute False`."""
+        values = [(field.name, getattr(self, field.name), field.default) for field in fields(self)]
+        return ", ".join(f"{name} {value}" for name, value, default in values if value != default)
+
+    def obstacle(self, parents: Parents, *, base: bool = False) -> str | None:
+        """Why it cannot run on these parents, in one clause that says what would help; None where it can.
+
+        base: whether the state the parents were fine-tuned from is there. Takes seconds at most.
+        """
+        if "base" in self.needs and not base:
+            return "it needs the network that all parents were fine-tuned from: give `base`"
+        if "shared labels" in self.needs and parents.settings.heads == "separate":
+            return "it is defined for parents that share their labels: say `labels: shared`"
+        if self.most_parents is not None and parents.count > self.most_parents:
+            return f"it is defined for {self.most_parents} parents, and there are {parents.count}"
+        return None
