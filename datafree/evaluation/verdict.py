@@ -135,7 +135,9 @@ def _remedies(
     better = [row for row in larger if _value(results, row, measure) > value + GAIN]
     if better:
         row = min(better, key=lambda row: row.ratio)
-        steps.append(f"A larger one has more: {row.label} {100 * _value(results, row, measure):.1f} %")
+        steps.append(
+            f"A larger network has more: {row.label} has {100 * _value(results, row, measure):.1f} %"
+        )
     elif not larger and chosen.ratio < WHOLE * parents:
         steps.append(f"Try a larger budget: merge.budgets go up to {parents:g}")
     if not refined and _worst(looks) != "poor":

@@ -71,14 +71,14 @@ def _task_score(task: str) -> Score:
 
 def _cost_keys(results: Results) -> tuple[Key, ...]:
     keys = [
-        Key(row.title, PARENTS[number % len(PARENTS)], DASHES[number % len(DASHES)], marker=False)
+        Key(row.title, PARENTS[number % len(PARENTS)], DASHES[number % len(DASHES)], marker="none")
         for number, row in enumerate(results.of_kind("parent"))
     ]
     if results.of_kind("ensemble"):
-        keys.append(Key("ensemble", themed.ENSEMBLE, "1 3", marker=False))
+        keys.append(Key("ensemble", themed.ENSEMBLE, "1 3", marker="none"))
     keys += [Key(label, colour, dash) for kind, label, colour, dash in _OURS if results.of_kind(kind)]
     if _others(results):
-        keys.append(Key("plain averages and other methods", themed.OTHER, None))
+        keys.append(Key("plain averages and other methods", themed.OTHER, None, "cross"))
     return tuple(keys)
 
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from html import escape
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -63,15 +63,19 @@ class Key:
     label: str
     colour: str
     dash: str | None = ""
-    marker: bool = True
+    marker: Literal["dot", "cross", "none"] = "dot"
 
     @property
     def swatch(self) -> str:
         """A small drawing of the line."""
         colour = COLOURS[self.colour]
         line = f'<line x1="1" y1="6" x2="29" y2="6" stroke="{colour}" stroke-width="2" stroke-dasharray="{self.dash}"/>'
-        dot = f'<circle cx="15" cy="6" r="4" fill="{colour}"/>'
-        drawn = ("" if self.dash is None else line) + (dot if self.marker else "")
+        markers = {
+            "dot": f'<circle cx="15" cy="6" r="4" fill="{colour}"/>',
+            "cross": f'<path d="M11 2L19 10M19 2L11 10" stroke="{colour}" stroke-width="2"/>',
+            "none": "",
+        }
+        drawn = ("" if self.dash is None else line) + markers[self.marker]
         return f'<svg class="swatch" viewBox="0 0 30 12" aria-hidden="true">{drawn}</svg>'
 
 

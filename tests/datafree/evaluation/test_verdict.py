@@ -56,7 +56,7 @@ def test_poor_proxies_are_named_with_the_remedy_and_larger_networks() -> None:
     assert "merged, budget 1.25 comes closest to the ensemble: accuracy 70.0 %" in found.text
     assert "the proxies look poor to the parents." in found.text
     assert found.steps[0].startswith("Better proxies come first: photographs of any kind")
-    assert found.steps[1] == "A larger one has more: merged, budget 2 98.0 %"
+    assert found.steps[1] == "A larger network has more: merged, budget 2 has 98.0 %"
     assert len(found.steps) == 2, "refining on poor proxies is not advised"
 
 
