@@ -31,7 +31,7 @@ def html_report(results: Results, run: Mapping[str, Any], recipe: str, sheets: S
     own = None if results.verdict is None or results.verdict.row is None else results.verdict.row.point
     owners = [Key("all parents", OURS, None)]
     owners += [Key(f"{name} alone", PARENTS[i % len(PARENTS)], None) for i, name in enumerate(parents)]
-    return _render(
+    return render(
         "report.html.j2",
         results=results,
         headline=view.headline(results),
@@ -64,7 +64,7 @@ def model_card(
 ) -> str:
     """README.md of an artefact: metadata for the Hugging Face Hub, then text. No path of this machine is in it."""
     own = None if results is None else own_row(description, results)
-    return _render(
+    return render(
         "card.md.j2",
         metadata=metadata(description, results),
         unknown_license=UNKNOWN_LICENSE,
@@ -92,7 +92,8 @@ def _cell(text: str) -> str:
     return " ".join(text.replace("|", "\\|").split())
 
 
-def _render(template: str, **values: Any) -> str:
+def render(template: str, **values: Any) -> str:
+    """The text of a template beside this file; a value that it needs and is not given is an error."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("datafree.report"),
         autoescape=jinja2.select_autoescape(["html.j2"]),
