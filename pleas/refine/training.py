@@ -210,6 +210,10 @@ def _divided(
         )
     if groups is not None and len(groups) != count:
         raise InputError(f"groups names {len(groups)} sources for {count} images: give one for every image")
+    if unused is not None and unused.shape != (count,):
+        raise InputError(
+            f"unused has shape {tuple(unused.shape)} for {count} images: give one value for every image"
+        )
     share = share_held_out(count, settings.holdout)
     train, held = split_off(count, share, settings.seed, groups, unused)
     return images[train], images[held], None if groups is None else [groups[i] for i in held.tolist()]
