@@ -218,6 +218,7 @@ def _record(
         "device": str(work.device),
         "command": shlex.join(command),
         "seconds": round(seconds, 3),
+        "memory": {stage: round(peak) for stage, peak in work.progress.memory.items()},
         "timings": {stage: round(spent, 3) for stage, spent in work.progress.timings.items()},
         "proxies": {
             "count": len(proxies),

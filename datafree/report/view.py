@@ -161,10 +161,10 @@ def _colour(owners: str, parents: Sequence[str]) -> str:
 
 
 def timings(run: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Stages with their share of the longest."""
-    longest = max([*run["timings"].values(), 1e-9])
+    """Stages with their share of the longest, and the most memory the process had held when they ended (MiB)."""
+    longest, memory = max([*run["timings"].values(), 1e-9]), run.get("memory", {})
     return [
-        {"stage": stage, "seconds": seconds, "percent": 100 * seconds / longest}
+        {"stage": stage, "seconds": seconds, "percent": 100 * seconds / longest, "memory": memory.get(stage)}
         for stage, seconds in run["timings"].items()
     ]
 

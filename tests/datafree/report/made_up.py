@@ -155,6 +155,13 @@ def run_record(layers: int = 21) -> dict[str, Any]:
             "least squares": 12.0,
             "evaluation": 5.5,
         },
+        "memory": {
+            "parents": 410,
+            "proxies": 630,
+            "statistics": 702,
+            "least squares": 950,
+            "evaluation": 950,
+        },
         "similarity": [
             {
                 "layer": f"layers.{i}.conv{i % 3}",

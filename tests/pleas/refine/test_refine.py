@@ -573,6 +573,13 @@ def test_a_source_the_network_unlearns_keeps_the_start() -> None:
     assert same(result.module, teacher)
 
 
+def test_unused_images_are_told_for_every_image() -> None:
+    with pytest.raises(
+        InputError, match=r"unused has shape \(2,\) for 160 images: give one value for every image"
+    ):
+        run(unused=torch.ones(2, dtype=torch.bool))
+
+
 def test_sources_are_named_for_every_image() -> None:
     with pytest.raises(InputError, match="groups names 2 sources for 160 images: give one for every image"):
         run(groups=["a", "b"])
