@@ -74,8 +74,8 @@ def test_the_page_is_well_formed_and_asks_for_nothing() -> None:
 def test_every_part_of_a_run_is_on_the_page() -> None:
     text = page()
     for heading in ("The networks", "Accuracy against compute", "Task by task", "The proxy images", "Refining",
-                    "Predicted and achieved", "Layer by layer", "Between the parents", "Widths", "Notes", "Time and memory",
-                    "One forward pass", "How it was made"):  # fmt: skip
+                    "Predicted and achieved", "Layer by layer", "Between the parents", "Widths", "Notes",
+                    "Time and memory", "One forward pass", "How it was made"):  # fmt: skip
         assert f">{heading}</h" in text, heading
     assert text.count('class="ours own"') == 1, "one row is marked"
     assert "<td>88.0<small>84." in text, "an interval stands below its accuracy"
