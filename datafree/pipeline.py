@@ -161,6 +161,7 @@ def _results(
             "held_out_error": one.result.held_out_error,
             "propagate": one.result.propagate,
             "tried": [[t, error] for t, error in one.result.tried.items()],
+            "targets": one.result.targets,
             "mean_residual": one.result.mean_residual,
             "classes": plan_table(networks, one.result.plan),
         }

@@ -15,7 +15,7 @@ import pleas
 from datafree.errors import DatafreeError, UsageError
 from datafree.evaluation.evaluate import Task, check_tasks, load_task
 from datafree.progress import StageProgress
-from datafree.proxy import SHARD, Source, SourceSpec, check_proxies
+from datafree.proxy import SHARD, Source, SourceSpec, check_proxies, find_proxies
 from datafree.recipe.file import load_recipe
 from datafree.seeds import derive_seed
 from datafree.stages import (
@@ -28,13 +28,17 @@ from datafree.stages import (
     choose_methods,
     load_oracle,
     load_parents,
+    proxy_inputs,
     refuse_leak,
     trace_parents,
 )
 from datafree.tables import output_width, wrapped
 from datafree.text import json_text
+from pleas.statistics.domains import look
 
 MOST_IMAGES = 5000  # of a source or of a task's files, hashed for the leak check; a merge compares all
+
+LOOKED_AT = 128  # proxies that parents are compared on
 
 Bound = list[tuple[SourceSpec, Source, int]]
 
@@ -149,6 +153,7 @@ def _check_work(
         said = _leak(work, bound, tasks)
         if said:
             yield "leak", said
+        yield from _contradictions(work, parents)
     with faults.collected():
         networks = trace_parents(work, parents)
         symmetry = networks.symmetry
@@ -173,6 +178,34 @@ def _parents(parents: LoadedParents) -> str:
     outputs = sorted({parent.outputs for parent in parents.each})
     said = f"{len(parents.each)} of {parents.first.reference}, {count:,} parameters"
     return f"{said}, {size} in, {' and '.join(map(str, outputs))} out"
+
+
+def _contradictions(work: Work, parents: LoadedParents) -> Iterator[tuple[str, str]]:
+    """Whether parents of one head contradict each other, where an earlier run left the proxies in the cache."""
+    recipe = work.recipe.recipe
+    if recipe.labels != "shared":
+        return
+    proxies = find_proxies(
+        recipe.proxy,
+        list(parents.each),
+        work.seed,
+        work.store.root,
+        work.recipe.base,
+        device=str(work.device),
+    )
+    if proxies is None:
+        return
+    some = proxy_inputs(work, parents, proxies.prefix(min(LOOKED_AT, len(proxies))))
+    domains = look([parent.module for parent in parents.each], some, parents.names)
+    found = () if domains is None else domains.contradictions
+    work.progress.notes.extend(map(str, found))
+    yield "agreement", f"{some.count} cached proxies: {_counted(found)}"
+
+
+def _counted(found: Sequence[object]) -> str:
+    if not found:
+        return "no parent outvotes another on its own images"
+    return "parents contradict each other on each other's proxies"
 
 
 def _leak(work: Work, bound: Bound, tasks: EvaluationSet) -> str:

@@ -39,6 +39,7 @@ class MergeSpec(Spec):
     matching: Literal["activation", "weight"] = "activation"
     allocation: Literal["error", "uniform", "zip", "early"] = "error"
     propagate: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = "auto"
+    targets: Literal["mean", "own", "auto"] = "auto"
     ridge: float = Field(default=1e-2, gt=0)
     head_ridge: float = Field(default=0.1, gt=0)
     holdout: float = Field(default=0.125, gt=0, le=0.5)
@@ -77,6 +78,7 @@ class MergeSpec(Spec):
             allocation=self.allocation,
             heads=labels,
             propagate=self.propagate,
+            targets=self.targets,
             ridge=self.ridge,
             head_ridge=self.head_ridge,
             holdout=self.holdout,
@@ -144,6 +146,7 @@ class RefineSpec(Spec):
     batch: int = Field(default=64, ge=1)
     rate: float = Field(default=1e-3, gt=0)
     warmup: float = Field(default=0.05, ge=0, lt=1)
+    targets: Literal["mean", "own", "auto"] = "auto"
     temperature: float = Field(default=1.0, gt=0)
     logit_weight: float = Field(default=1.0, ge=0)
     joint_weight: float = Field(default=0.0, ge=0)

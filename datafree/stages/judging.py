@@ -80,7 +80,8 @@ def evaluate_all(
     notes: what the reader must know of other methods, by name
     """
     with work.progress.stage("evaluation"):
-        judge, rows = Judge.with_parents(work, parents, tasks, held)
+        said = dict.fromkeys(text for one in merged for text in one.result.contradictions)
+        judge, rows = Judge.with_parents(work, parents, tasks, ". ".join(said), held)
         rows += [
             judge.row(one.chosen.kind, one, name=one.name, note=notes.get(one.name, "")) for one in compared
         ]
@@ -117,10 +118,16 @@ class Judge:
 
     @classmethod
     def with_parents(
-        cls, work: Work, parents: LoadedParents, tasks: EvaluationSet, held: HeldOut | None = None
+        cls,
+        work: Work,
+        parents: LoadedParents,
+        tasks: EvaluationSet,
+        note: str = "",
+        held: HeldOut | None = None,
     ) -> tuple[Judge, list[Row]]:
         """A judge that knows what the parents answer, and the parents' own rows.
 
+        note: what the reader must know of the ensemble
         held: proxies to compare networks on; without them rows have no fidelity
         """
         alone = cls(work, parents, tasks, {}, held)
@@ -139,8 +146,18 @@ class Judge:
         together, count = judge.together, len(parents.each)
         evaluation = judge.score(together, judge.columns, parents.input)
         close = judge.fidelity(together, judge.columns, parents.input)
-        size = _parameters(together)
-        rows.append(Row("ensemble", "", count * cost, float(count), size, evaluation, fidelity=close))
+        rows.append(
+            Row(
+                "ensemble",
+                "",
+                count * cost,
+                float(count),
+                _parameters(together),
+                evaluation,
+                note=note,
+                fidelity=close,
+            )
+        )
         return judge, rows
 
     @property
