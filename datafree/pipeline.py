@@ -117,7 +117,7 @@ def run(
         compared = compare_methods(work, parents, evidence, methods)
         oracles = merge_real(work, parents, networks, real)
         cautions = caution(networks, compared)
-        held = hold_out(work, proxies)
+        held = hold_out(work, proxies, evidence)
         rows, curves = evaluate_all(work, parents, tasks, compared, merged, refined, oracles, cautions, held)
         barriers = measure_barriers(work, parents, evidence, tasks)
         final = refined or merged

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -20,6 +21,8 @@ class Fidelity:
     images:     how many
     agreement:  parent -> share of images for which the network chooses the class that this parent chooses
     divergence: parent -> mean Kullback-Leibler divergence of the network's prediction from this parent's, in nats
+    own:        share of images for which it chooses what the parent chooses whose image it is; None where that is not
+                known or the network lacks a head
     error:      squared error of the outputs relative to the variance of what they should be, the mean of the parents'
                 logits or with separate heads all of them; None for a network that lacks a head
     """
@@ -28,6 +31,7 @@ class Fidelity:
     agreement: Mapping[str, float]
     divergence: Mapping[str, float]
     error: float | None = None
+    own: float | None = None
 
     @property
     def mean_agreement(self) -> float:
@@ -42,23 +46,35 @@ class Fidelity:
             "images": self.images,
             "agreement": dict(self.agreement),
             "divergence": dict(self.divergence),
+            "own": self.own,
             "error": self.error,
         }
 
 
-def fidelity(outputs: Tensor, answers: Mapping[str, Tensor], columns: Columns, target: Tensor) -> Fidelity:
+def fidelity(
+    outputs: Tensor,
+    answers: Mapping[str, Tensor],
+    columns: Columns,
+    target: Tensor,
+    owners: Tensor | None = None,
+) -> Fidelity:
     """Compare (N, K) `outputs` with every parent's own, (N, K_p) by name.
 
     columns: the output columns that stand for each parent        target: (N, K) of all parents together
+    owners:  (N,) number of the parent whose image each is, where that is known
     """
-    agreement, divergence = {}, {}
+    agreement, divergence, same = {}, {}, []
     for name, answer in answers.items():
         head = columns.get(name)
         if head is None:
             continue
         ours, theirs = outputs[:, head].double(), answer.double()
-        agreement[name] = float((ours.argmax(1) == theirs.argmax(1)).double().mean())
+        same.append(ours.argmax(1) == theirs.argmax(1))
+        agreement[name] = float(same[-1].double().mean())
         terms = F.kl_div(ours.log_softmax(1), theirs.log_softmax(1), reduction="none", log_target=True)
         divergence[name] = max(0.0, float(terms.sum(1).mean()))
     error = relative_error(outputs, target) if outputs.shape == target.shape else None
-    return Fidelity(len(outputs), agreement, divergence, error)
+    own = None
+    if owners is not None and len(same) == len(answers):
+        own = float(torch.stack(same, 1).gather(1, owners[:, None]).double().mean())
+    return Fidelity(len(outputs), agreement, divergence, error, own)

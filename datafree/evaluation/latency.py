@@ -43,7 +43,7 @@ def measure_latency(
     names, spent = list(networks), {name: [] for name in networks}
     inputs = images.to(device)
     with ExitStack() as stack, torch.inference_mode():
-        for module in reversed(networks.values()):  # an ensemble before the parent that is a part of it
+        for module in reversed(list(networks.values())):  # an ensemble before the parent that is a part of it
             stack.enter_context(evaluating(module, device))
         for module in networks.values():
             _seconds(module, inputs)  # the first pass pays for what is only done once

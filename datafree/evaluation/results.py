@@ -242,9 +242,11 @@ def legend(results: Results) -> str:
     images = next((row.fidelity.images for row in results.rows if row.fidelity), None)
     if images is None:
         return ""
+    known = any(row.fidelity and row.fidelity.own is not None for row in results.rows)
+    own = ", own: that the parent chooses whose image it is, by the fit of its batch norms" if known else ""
     return (
         f"agree: share of {images} held-out proxies on which a network chooses the class that this parent chooses, in "
-        "per cent; KL: mean divergence of its predictions from the parents', in nats"
+        f"per cent{own}; KL: mean divergence of its predictions from the parents', in nats"
     )
 
 
@@ -252,7 +254,9 @@ def _closeness_columns(results: Results) -> list[str]:
     if not any(row.fidelity for row in results.rows):
         return []
     names = [row.name for row in results.of_kind("parent")]
-    return [*(f"agree {name}" for name in names), "KL"] if len(names) <= _EACH else ["agree", "KL"]
+    each = [f"agree {name}" for name in names] if len(names) <= _EACH else ["agree"]
+    own = any(row.fidelity and row.fidelity.own is not None for row in results.rows)
+    return [*each, *(["agree own"] if own else []), "KL"]
 
 
 def _closeness_cells(results: Results, row: Row) -> list[str]:
@@ -264,6 +268,8 @@ def _closeness_cells(results: Results, row: Row) -> list[str]:
     shares = [close.agreement.get(name) for name in names]
     if len(names) > _EACH:
         shares = [close.mean_agreement if whole else None]
+    if "agree own" in headings:
+        shares.append(close.own)
     shown = ["-" if share is None else f"{100 * share:.1f}" for share in shares]
     return [*shown, f"{close.mean_divergence:.3f}" if whole else "-"]
 

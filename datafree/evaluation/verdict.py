@@ -34,7 +34,9 @@ def verdict(results: Results, looks: Mapping[str, str], *, refined: bool) -> Ver
     images = 0 if ensemble.fidelity is None else ensemble.fidelity.images
     alone = _better_alone(results, known, measure)
     reached = value >= ENOUGH * best_known > 0
-    where = "" if measure == "accuracy" else f" with the parents on {images} held-out proxies"
+    own = ensemble.fidelity is not None and ensemble.fidelity.own is not None
+    whom = "the parent whose image it is" if own else "the parents"
+    where = "" if measure == "accuracy" else f" with {whom} on {images} held-out proxies"
     near = f"is the smallest network within {100 * (1 - ENOUGH):.0f} % of the ensemble"
     sentence = (
         f"{chosen.label} {near if reached else 'comes closest to the ensemble'}: {measure} {100 * value:.1f} %{where}, "
@@ -57,7 +59,9 @@ def value_of(results: Results, row: Row, measure: Measure) -> float | None:
         return average_of(results, row)
     close = row.fidelity
     whole = close is not None and len(close.agreement) == len(results.of_kind("parent"))
-    return close.mean_agreement if close is not None and whole else None
+    if close is None or not whole:
+        return None
+    return close.mean_agreement if close.own is None else close.own
 
 
 def _value(results: Results, row: Row, measure: Measure) -> float:

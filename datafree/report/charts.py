@@ -123,7 +123,7 @@ def _curve(axis: Axes, results: Results, score: Score) -> None:
 def error_chart(results: Results) -> Picture | None:
     """The error of the outputs that the proxies predict beside what the test images show, over multiply-adds."""
     rows = sorted(results.of_kind("merged"), key=lambda row: row.ratio)
-    predicted = [(row.ratio, row.predicted) for row in rows if row.predicted is not None]
+    predicted = [(row.ratio, error) for row in rows if (error := predicted_error(row)) is not None]
     if not predicted:
         return None
     achieved = [(row.ratio, error) for row in rows if (error := achieved_error(row)) is not None]
@@ -150,6 +150,11 @@ def error_chart(results: Results) -> Picture | None:
     return picture(
         "error", "error of the outputs, predicted and achieved, against multiply-adds", draw, tuple(keys)
     )
+
+
+def predicted_error(row: Row) -> float | None:
+    """The error of the outputs on held-out proxies, against the ensemble where that was looked at."""
+    return row.predicted if row.fidelity is None else row.fidelity.error
 
 
 def achieved_error(row: Row) -> float | None:

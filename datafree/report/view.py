@@ -8,7 +8,7 @@ from typing import Any
 from datafree.evaluation.measures import Interval, confusion
 from datafree.evaluation.results import Kind, Results, Row, average_of, cells, columns
 from datafree.evaluation.scores import TaskScore
-from datafree.report.charts import achieved_error
+from datafree.report.charts import achieved_error, predicted_error
 
 GROUPS: Mapping[Kind, str] = {
     "parent": "One parent alone",
@@ -98,11 +98,7 @@ def _measures(score: TaskScore) -> list[str]:
 def error_table(results: Results) -> list[list[str]]:
     """Networks of ours: error of the outputs predicted on held-out proxies, and achieved on test images."""
     rows = [row for row in results.rows if row.kind in ("merged", "refined", "oracle")]
-    predicted = [row.predicted if row.fidelity is None else row.fidelity.error for row in rows]
-    return [
-        [row.label, _number(expected, 3), _number(achieved_error(row), 3)]
-        for row, expected in zip(rows, predicted, strict=True)
-    ]
+    return [[row.label, _number(predicted_error(row), 3), _number(achieved_error(row), 3)] for row in rows]
 
 
 def confusions(results: Results) -> list[dict[str, Any]]:

@@ -228,7 +228,7 @@ class Judge:
 
         def make() -> Stage:
             outputs = self._predict(module, preprocess)
-            return Stage({}, fidelity(outputs, self._answers, columns, self._target).to_dict())
+            return Stage({}, fidelity(outputs, self._answers, columns, self._target, held.owners).to_dict())
 
         return Fidelity(**self.work.finished("fidelity", meaning, make).value)
 

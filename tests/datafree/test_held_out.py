@@ -12,7 +12,16 @@ from click.testing import CliRunner
 from datafree.cache.store import CACHE_VARIABLE
 from datafree.cli import main
 from datafree.pipeline import run
-from datafree.stages import begin, hold_out, load_parents, load_tasks, make_proxies
+from datafree.stages import (
+    begin,
+    gather_evidence,
+    hold_out,
+    load_parents,
+    load_tasks,
+    make_proxies,
+    proxy_inputs,
+    trace_parents,
+)
 from datafree.stages.holding import held_from_refining, unsolved
 from pleas.solve.propagate import held_out
 from tests.datafree.tiny import Tiny, make_tiny
@@ -40,7 +49,13 @@ def test_no_layer_was_solved_and_no_refining_trained_on_them(tiny: Tiny) -> None
     assert held.nonzero()[:, 0].tolist() == sorted(
         set(held.nonzero()[:, 0].tolist()) & set(from_refining.tolist())
     )
-    assert torch.equal(hold_out(work, proxies).images, proxies.batch(held.nonzero()[:, 0].tolist()))
+    networks = trace_parents(work, parents)
+    evidence = gather_evidence(work, parents, networks, proxy_inputs(work, parents, proxies))
+    found = hold_out(work, proxies, evidence)
+    assert torch.equal(found.images, proxies.batch(held.nonzero()[:, 0].tolist()))
+    assert evidence.domains is not None
+    assert found.owners is not None
+    assert torch.equal(found.owners, evidence.domains.owners[held])
 
 
 def test_without_labels_the_table_says_how_close_every_network_is(tiny: Tiny, tmp_path: Path) -> None:
@@ -77,7 +92,7 @@ def test_the_terminal_says_the_verdict_and_every_note(tiny: Tiny, tmp_path: Path
     result = CliRunner().invoke(main, [*arguments, "--set", "parents.b.preprocess.mean=[0.6]"])
     assert result.exit_code == 0, result.output
     heading = result.stdout.splitlines()[1]
-    columns = ("agree", "a", "agree", "b", "KL", "predicted", "FLOPs", "ratio", "parameters")
+    columns = ("agree", "a", "agree", "b", "agree", "own", "KL", "predicted", "FLOPs", "ratio", "parameters")
     assert heading.split() == ["network", *columns]
     assert "\nverdict: merged, budget 1" in result.stdout
     assert "the proxies look poor to the parents. Better proxies come first" in result.stdout

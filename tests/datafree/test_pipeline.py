@@ -336,7 +336,7 @@ def test_merge_prints_the_table_and_the_places(tiny: Tiny, tmp_path: Path) -> No
         "upright",
         "rotated",
         "average",
-        *("agree", "a", "agree", "b", "KL"),
+        *("agree", "a", "agree", "b", "agree", "own", "KL"),
         "predicted",
         "FLOPs",
         "ratio",

@@ -35,6 +35,15 @@ def test_a_shared_head_is_compared_with_every_parent() -> None:
     assert found.mean_agreement == pytest.approx(5 / 6)
 
 
+def test_an_image_may_belong_to_one_parent() -> None:
+    found = fidelity(
+        A, {"a": A, "b": B}, merged_columns("shared", SIZES), (A + B) / 2, torch.tensor([1, 1, 0])
+    )
+    assert found.own == pytest.approx(2 / 3), "it says what a says, and the first image is b's"
+    alone = parent_columns("separate", "a", SIZES)
+    assert fidelity(A, {"a": A, "b": B}, alone, A, torch.tensor([1, 1, 0])).own is None
+
+
 def test_separate_heads_are_compared_with_their_own_parent() -> None:
     outputs = torch.cat([A, A], 1)
     found = fidelity(outputs, {"a": A, "b": B}, merged_columns("separate", SIZES), torch.cat([A, B], 1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 
@@ -105,6 +106,17 @@ def test_without_labels_agreement_decides() -> None:
         "raise proxy.count"
     )
     assert not any("alone" in step for step in found.steps)
+
+
+def test_the_parent_whose_image_it_is_decides_where_it_is_known() -> None:
+    def owned(one: Row, own: float) -> Row:
+        assert one.fidelity is not None
+        return replace(one, fidelity=replace(one.fidelity, own=own))
+
+    rows = [row("parent", 1, name, is_=(0.5, 0.5)) for name in "ab"]
+    rows += [owned(row("ensemble", 2, is_=(0.5, 0.5)), 0.9), owned(row("merged", 1.0, is_=(0.4, 0.4)), 0.88)]
+    found = say(*rows)
+    assert "agreement 88.0 % with the parent whose image it is on 40 held-out proxies" in found.text
 
 
 def test_a_run_with_nothing_to_compare_has_no_verdict() -> None:
