@@ -48,6 +48,7 @@ from datafree.stages import (
     load_tasks,
     make_plans,
     make_proxies,
+    make_refine_proxies,
     measure_barriers,
     merge_real,
     proxy_inputs,
@@ -108,16 +109,18 @@ def run(
         check_refining(work, parents, networks)
         methods = choose_methods(work, networks)
         proxies = make_proxies(work, parents, tasks)
+        more = make_refine_proxies(work, parents, tasks)
         inputs = proxy_inputs(work, parents, proxies)
         evidence = gather_evidence(work, parents, networks, inputs)
         looks = judge_proxies(work, parents, proxies, evidence)
         plans = make_plans(work, evidence)
         merged = solve_plans(work, parents, evidence, plans)
-        refined = refine_merged(work, parents, evidence, proxies, merged)
+        every = [proxies] if more is None else [proxies, more]
+        refined = refine_merged(work, parents, evidence, every, merged)
         compared = compare_methods(work, parents, evidence, methods)
         oracles = merge_real(work, parents, networks, real)
         cautions = caution(networks, compared)
-        held = hold_out(work, proxies, evidence)
+        held = hold_out(work, every, evidence)
         rows, curves = evaluate_all(work, parents, tasks, compared, merged, refined, oracles, cautions, held)
         barriers = measure_barriers(work, parents, evidence, tasks)
         final = refined or merged
@@ -126,7 +129,7 @@ def run(
             results = _results(work, parents, networks, proxies, merged, rows, looks)
             results = replace(results, barriers=barriers)
             seconds = time.perf_counter() - started
-            record = _record(work, parents, proxies, real, seconds, command)
+            record = _record(work, parents, proxies, more, real, seconds, command)
             record["proxies"]["diagnosis"] = looks
             record["compare"] = {one.name: one.told() for one in compared}
             record["refine"] = {
@@ -208,6 +211,7 @@ def _record(
     work: Work,
     parents: LoadedParents,
     proxies: ProxySet,
+    more: ProxySet | None,
     real: ImageSet | None,
     seconds: float,
     command: Sequence[str],
@@ -224,22 +228,27 @@ def _record(
         "proxies": {
             "count": len(proxies),
             "fingerprint": proxies.fingerprint,
-            "sources": [
-                {
-                    "kind": source.kind,
-                    "count": source.count,
-                    "seconds_per_1000": source.seconds_per_1000,
-                    "spec": dict(source.spec),
-                    "facts": dict(source.facts),
-                }
-                for source in proxies.manifest
-            ],
+            "sources": _sources(proxies),
+            "for_refining": [] if more is None else _sources(more),
         },
         "oracle": None if real is None else len(real),
         "parents": _describe(parents),
         "versions": versions(),
         "machine": machine(),
     }
+
+
+def _sources(proxies: ProxySet) -> list[dict[str, Any]]:
+    return [
+        {
+            "kind": source.kind,
+            "count": source.count,
+            "seconds_per_1000": source.seconds_per_1000,
+            "spec": dict(source.spec),
+            "facts": dict(source.facts),
+        }
+        for source in proxies.manifest
+    ]
 
 
 def _describe(parents: LoadedParents) -> dict[str, Any]:
@@ -278,6 +287,7 @@ def _write(
         RECORD: json_text(record),
         REPORT: html_report(results, record, recipe.resolved(out), proxy_sheets(proxies)),
     }
+    sources = record["proxies"]["sources"] + record["proxies"]["for_refining"]
     inside = [Path() if len(merged) == 1 else Path(one.point.folder) for one in merged]
     with new_folder(out, overwrite=overwrite) as building:
         for one, place in zip(merged, inside, strict=True):
@@ -285,7 +295,7 @@ def _write(
             folder.mkdir(exist_ok=True)
             description = _description(recipe, parents, one)
             write_model(folder, one.result.module, one.result, description)
-            card = model_card(description, one.result, results, record["proxies"]["sources"])
+            card = model_card(description, one.result, results, sources)
             texts = {CARD: card, RECIPE: recipe.source.text, RESOLVED: recipe.resolved(out / place)}
             _write_texts(folder, texts)
             if export:

@@ -29,6 +29,7 @@ from datafree.stages import (
     load_oracle,
     load_parents,
     proxy_inputs,
+    refine_seed,
     refuse_leak,
     trace_parents,
 )
@@ -149,11 +150,25 @@ def _check_work(
             )
         for _, source, _ in bound:
             work.progress.notes.extend(source.notes)
-        yield "proxies", ", ".join(f"{count} from {spec.model_dump()['kind']}" for spec, _, count in bound)
-        said = _leak(work, bound, tasks)
+        yield "proxies", _counts(bound)
+        said = _leak(work, bound, tasks, "proxy")
         if said:
             yield "leak", said
         yield from _contradictions(work, parents)
+    with faults.collected():
+        if recipe.refine is not None and recipe.refine.proxies is not None:
+            with work.recipe.at("refine", "proxies"):
+                further = check_proxies(
+                    recipe.refine.proxies,
+                    list(parents.each),
+                    refine_seed(work),
+                    work.recipe.base,
+                    device=str(work.device),
+                )
+            yield "further proxies", _counts(further)
+            said = _leak(work, further, tasks, "refine", "proxies")
+            if said:
+                yield "leak", said
     with faults.collected():
         networks = trace_parents(work, parents)
         symmetry = networks.symmetry
@@ -178,6 +193,10 @@ def _parents(parents: LoadedParents) -> str:
     outputs = sorted({parent.outputs for parent in parents.each})
     said = f"{len(parents.each)} of {parents.first.reference}, {count:,} parameters"
     return f"{said}, {size} in, {' and '.join(map(str, outputs))} out"
+
+
+def _counts(bound: Bound) -> str:
+    return ", ".join(f"{count} from {spec.model_dump()['kind']}" for spec, _, count in bound)
 
 
 def _contradictions(work: Work, parents: LoadedParents) -> Iterator[tuple[str, str]]:
@@ -208,7 +227,7 @@ def _counted(found: Sequence[object]) -> str:
     return "parents contradict each other on each other's proxies"
 
 
-def _leak(work: Work, bound: Bound, tasks: EvaluationSet) -> str:
+def _leak(work: Work, bound: Bound, tasks: EvaluationSet, *section: str) -> str:
     """Compare what image sources will give with the tasks; samples of sets that would take more than seconds.
 
     A sample finds a set that was given twice all but certainly, a few shared images perhaps not; a merge compares all.
@@ -221,7 +240,7 @@ def _leak(work: Work, bound: Bound, tasks: EvaluationSet) -> str:
             continue
         shards = range(-(-min(count, MOST_IMAGES) // SHARD))
         hashes = [digest for number in shards for digest in source.shard(number).facts["hashes"]]
-        refuse_leak(work, "the proxies", hashes, sampled, "proxy", "sources", index)
+        refuse_leak(work, "the proxies", hashes, sampled, *section, "sources", index)
         compared += min(count, len(hashes))
         partly |= len(hashes) < count
     if not compared:

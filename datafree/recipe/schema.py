@@ -136,6 +136,8 @@ class RefineSpec(Spec):
     `pleas.refine.RefineSettings`. Give `steps`, or `minutes` per network.
 
     augment: shift: moved a little and mirrored; light: kornia's crops, mirrors and colours, as for proxies; none
+    proxies: further proxies, which only training sees: public photographs, say, beside images inverted for the merge. A
+        section like `proxy`; its seed differs, so inverted images are new ones
     fresh: new proxies while training, for recipes with a source of kind: inversion; they count as proxies of that kind
     curve: how often, evenly over the run, a network is kept for the report's curve of accuracy, 0: no curve. The test
         images are looked at when all networks are final
@@ -159,6 +161,7 @@ class RefineSpec(Spec):
     holdout: float = Field(default=0.1, gt=0, le=0.5)
     patience: int | None = Field(default=None, ge=1)
     augment: Literal["shift", "light", "none"] = "shift"
+    proxies: ProxySpec | None = None
     fresh: FreshSpec | None = None
     curve: int = Field(default=5, ge=0, le=20)
 
@@ -166,6 +169,10 @@ class RefineSpec(Spec):
     def _steps_or_minutes(self) -> RefineSpec:
         if self.steps is not None and self.minutes is not None:
             raise ValueError("give `steps` or `minutes`, not both")
+        if self.proxies is not None and self.proxies.settle is not None:
+            raise ValueError(
+                "`settle` is about the second moments of the merge's own proxies: remove proxies.settle"
+            )
         return self
 
 
@@ -254,7 +261,3 @@ class Recipe(Spec):
         content = self.model_dump(mode="json", exclude={"folder", "license", "base_models"})
         content["parents"] = list(content["parents"].items())
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-# Pydantic's complaints in our words
-# ---------------------------------------------------------------------------------

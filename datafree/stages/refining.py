@@ -20,7 +20,7 @@ from datafree.proxy.source import Request
 from datafree.recipe.file import RecipeFile
 from datafree.recipe.schema import FreshSpec, RefineSpec
 from datafree.seeds import derive_seed
-from datafree.stages.holding import unsolved
+from datafree.stages.holding import source_names, unused_images
 from datafree.stages.merging import Merged
 from datafree.stages.parents import LoadedParents
 from datafree.stages.work import Work
@@ -62,18 +62,24 @@ def check_refining(work: Work, parents: LoadedParents, networks: pleas.Parents) 
 
 
 def refine_merged(
-    work: Work, parents: LoadedParents, evidence: pleas.Evidence, proxies: ProxySet, merged: Sequence[Merged]
+    work: Work,
+    parents: LoadedParents,
+    evidence: pleas.Evidence,
+    proxies: Sequence[ProxySet],
+    merged: Sequence[Merged],
 ) -> tuple[Merged, ...]:
     """The merged networks after refining; nothing where the recipe has no `refine`.
 
     A finished network is found in the store; an interrupted one goes on from its last check. One whose layers
     reproduce the parents' exactly, as everything kept apart does, has nothing to learn and stays as it is.
+
+    proxies: those of the merge, and further ones where the recipe has some
     """
     spec = work.recipe.recipe.refine
     if spec is None:
         return ()
     settings = _settings(work, spec)
-    images = torch.cat(list(proxies.batches(256)))
+    images = torch.cat([batch for part in proxies for batch in part.batches(256)])
     with work.progress.stage("refine"), work.recipe.at("refine"):
         return tuple(
             _left(work, one)
@@ -89,7 +95,7 @@ def _left(work: Work, one: Merged) -> Merged:
 
 
 def _settings(work: Work, spec: RefineSpec) -> RefineSettings:
-    chosen = spec.model_dump(exclude={"augment", "fresh", "curve"})
+    chosen = spec.model_dump(exclude={"augment", "proxies", "fresh", "curve"})
     rounds = 0 if spec.fresh is None else spec.fresh.rounds
     return RefineSettings(**chosen, renewals=rounds, seed=derive_seed(work.seed, "refine"))
 
@@ -122,7 +128,7 @@ def _refine_one(
     work: Work,
     parents: LoadedParents,
     evidence: pleas.Evidence,
-    proxies: ProxySet,
+    proxies: Sequence[ProxySet],
     images: Tensor,
     one: Merged,
     settings: RefineSettings,
@@ -132,7 +138,7 @@ def _refine_one(
     curve = spec.curve if work.recipe.recipe.evaluate else 0
     meaning = {
         "parents": parents.fingerprint,
-        "images": proxies.fingerprint,
+        "images": [part.fingerprint for part in proxies],
         "unused": [work.settings.holdout, work.settings.seed],
         "start": content_hash(one.result.module.state_dict()),
         "network": pleas.program_config(one.result.module),
@@ -178,7 +184,7 @@ def _run(
     work: Work,
     parents: LoadedParents,
     evidence: pleas.Evidence,
-    proxies: ProxySet,
+    proxies: Sequence[ProxySet],
     images: Tensor,
     one: Merged,
     spec: RefineSpec,
@@ -203,8 +209,8 @@ def _run(
         augment=AUGMENT[spec.augment],
         renew=renew,
         features=features,
-        groups=proxies.source_names,
-        unused=unsolved(work, len(proxies)),
+        groups=source_names(proxies),
+        unused=unused_images(work, proxies),
         snapshots=curve,
         device=work.device,
         state=None if kept is None else _joined(kept.value, kept.tensors),

@@ -45,13 +45,13 @@ def test_no_layer_was_solved_and_no_refining_trained_on_them(tiny: Tiny) -> None
     assert torch.equal(held, held_out(256, 0.125, work.settings.seed))
     spec = work.recipe.recipe.refine
     assert spec is not None
-    from_refining = held_from_refining(work, spec, proxies, held)
+    from_refining = held_from_refining(work, spec, [proxies])
     assert held.nonzero()[:, 0].tolist() == sorted(
         set(held.nonzero()[:, 0].tolist()) & set(from_refining.tolist())
     )
     networks = trace_parents(work, parents)
     evidence = gather_evidence(work, parents, networks, proxy_inputs(work, parents, proxies))
-    found = hold_out(work, proxies, evidence)
+    found = hold_out(work, [proxies], evidence)
     assert torch.equal(found.images, proxies.batch(held.nonzero()[:, 0].tolist()))
     assert evidence.domains is not None
     assert found.owners is not None
