@@ -5,7 +5,11 @@ from __future__ import annotations
 from pleas.comparators.averages import ActivationMatching, Permutation, PlainAverage, WeightMatching
 from pleas.comparators.comparator import Case, Comparator
 from pleas.comparators.fisher import Fisher
+from pleas.comparators.learned import AdaMerging, ConcreteMask, FwMerging
+from pleas.comparators.masks import Consensus, PcbMerging, Widen
 from pleas.comparators.regmean import RegMean, RegMeanPlusPlus
+from pleas.comparators.subspace import Doge, IsoC, TsvMerge, Wudi
+from pleas.comparators.task_vectors import Breadcrumbs, Dare, Lines, Slerp, TaskArithmetic, Ties
 
 METHODS: dict[str, type[Comparator]] = {
     "average": PlainAverage,
@@ -15,6 +19,22 @@ METHODS: dict[str, type[Comparator]] = {
     "regmean": RegMean,
     "regmean++": RegMeanPlusPlus,
     "fisher": Fisher,
+    "slerp": Slerp,
+    "task_arithmetic": TaskArithmetic,
+    "ties": Ties,
+    "dare": Dare,
+    "breadcrumbs": Breadcrumbs,
+    "lines": Lines,
+    "pcb": PcbMerging,
+    "consensus": Consensus,
+    "widen": Widen,
+    "iso_c": IsoC,
+    "tsv": TsvMerge,
+    "wudi": Wudi,
+    "doge": Doge,
+    "adamerging": AdaMerging,
+    "concrete": ConcreteMask,
+    "fw": FwMerging,
 }
 
 __all__ = ["METHODS", "Case", "Comparator"]
