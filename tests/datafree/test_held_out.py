@@ -95,6 +95,7 @@ def test_the_terminal_says_the_verdict_and_every_note(tiny: Tiny, tmp_path: Path
     columns = ("agree", "a", "agree", "b", "agree", "own", "KL", "predicted", "FLOPs", "ratio", "parameters")
     assert heading.split() == ["network", *columns]
     assert "\nverdict: merged, budget 1" in result.stdout
-    assert "the proxies look poor to the parents. Better proxies come first" in result.stdout
+    assert "the proxies look poor to the parents. " in result.stdout
+    assert "Better proxies come first: images inverted from the parents" in result.stdout
     for note in json.loads((tmp_path / "out" / "metrics.json").read_text())["notes"]:
         assert f"note: {note}" in result.stderr
