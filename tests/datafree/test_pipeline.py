@@ -113,7 +113,7 @@ def test_the_report_and_the_cards_are_readable(outcome: Outcome) -> None:
     assert page.count('role="img"') == 6, "accuracy: mean and two tasks; error, similarity and residual"
     assert page.count("data:image/") == 1, "the proxies' contact sheet"
     assert "merged, budget 1.4" in page
-    assert "How they look to the parents" in page
+    assert "looks to the parents" in page
     card = (outcome.artefacts[1] / "README.md").read_text()
     assert "# tiny, budget 1.4" in card
     assert "| **merged, budget 1.4** |" in card, "the row of this folder is bold"
