@@ -126,7 +126,7 @@ def _remedies(
 ) -> list[str]:
     value, steps = _value(results, chosen, measure), []
     real = [row for row in results.of_kind("oracle") if row.point == chosen.point]
-    limit = value_of(results, real[0], measure) if real else None
+    limit = value_of(results, real[0], measure) if real and measure == "accuracy" else None
     if limit is not None and limit < value + GAIN:
         steps.append(
             f"Real images would give {100 * limit:.1f} % here: the size is the limit, not the proxies"
@@ -135,14 +135,8 @@ def _remedies(
         steps.append(f"Real images would give {100 * limit:.1f} % here: {_lower(_better_proxies(looks))}")
     else:
         steps.append(_better_proxies(looks))
-    larger = [row for row in known if row.ratio > chosen.ratio + 0.01]
-    better = [row for row in larger if _value(results, row, measure) > value + GAIN]
-    if better:
-        row = min(better, key=lambda row: row.ratio)
-        steps.append(
-            f"A larger network has more: {row.label} has {100 * _value(results, row, measure):.1f} %"
-        )
-    elif not larger and chosen.ratio < WHOLE * parents:
+    larger = any(chosen.ratio + 0.01 < row.ratio < WHOLE * parents for row in known)
+    if not larger and chosen.ratio < WHOLE * parents:
         steps.append(f"Try a larger budget: merge.budgets go up to {parents:g}")
     if not refined and _worst(looks) != "poor":
         steps.append("Refining on the proxies may close part of the gap: add `refine: {}` to the recipe")
