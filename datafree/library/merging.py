@@ -165,8 +165,8 @@ def merge(
     preprocess: size in pixels, mean and std for pixels from 0 to 1, as `{"size": 32, "mean": [...], "std": [...]}`, for
                 all parents or by name; timm's models and artefacts say it themselves, and normalised images need none
     labels:     "shared": output i is the same class in all parents; "separate": the result has one head a parent
-    base:       the network that all parents were fine-tuned from, if there is one: units then stay in place unless moving
-                them clearly helps. It is no parent; its head may have another number of outputs
+    base:       the network that all parents were fine-tuned from, if there is one: units then stay in place unless
+                moving them clearly helps. It is no parent; its head may have another number of outputs
     refine:     steps, or keys of a recipe's refine section such as `{"minutes": 5}`: see `datafree.refine`
     settings:   of `pleas.merge`; its heads and seed come from `labels` and `seed`
     batch:      images per forward pass

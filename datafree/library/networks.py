@@ -33,8 +33,12 @@ def take_networks(
     seen: Images | None,
     base: Network | None = None,
 ) -> LoadedParents:
-    """The networks as parents. base: what they were fine-tuned from; it sees images as the first. seen: images that are normalised already, which say what the input is; None or pixels:
-    `preprocess`, or the networks' own configuration, has to say it."""
+    """The networks as parents.
+
+    base: what they were fine-tuned from; it sees images as the first
+    seen: images that are normalised already, which say what the input is; None or pixels: `preprocess`, or the
+          networks' own configuration, has to say it
+    """
     named = _named(given)
     shape = None if seen is None or seen.are_pixels else tuple(seen.values.shape[1:])
     parents = []

@@ -132,8 +132,8 @@ def test_siblings_of_a_base_keep_their_units_in_place() -> None:
     found = datafree.merge(siblings, inputs(96), base=base)
     assert found.evidence.parents.base is not None
     for units in found.only.alignments[1]:
-        assert units.order.tolist() == list(range(len(units.order)))
-    with pytest.raises(UsageError, match="base is a str: give the torch.nn.Module"):
+        assert units.perm.tolist() == list(range(len(units.perm)))
+    with pytest.raises(UsageError, match=r"base is a str: give the torch.nn.Module"):
         datafree.merge(siblings, inputs(96), base="timm:resnet18")  # type: ignore[arg-type]
 
 
