@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from pleas.comparators.averages import ActivationMatching, Permutation, PlainAverage, WeightMatching
+from pleas.comparators.cca import CCAMerge
 from pleas.comparators.comparator import Case, Comparator
+from pleas.comparators.cycles import C2M3
+from pleas.comparators.distilling import Distillation
 from pleas.comparators.fisher import Fisher
+from pleas.comparators.matching import MuDSC, StraightThrough
 from pleas.comparators.regmean import RegMean, RegMeanPlusPlus
+from pleas.comparators.solving import NeuronInterpolation, PublishedPLeaS
+from pleas.comparators.zipit import ZipIt
 
 METHODS: dict[str, type[Comparator]] = {
     "average": PlainAverage,
@@ -15,6 +21,14 @@ METHODS: dict[str, type[Comparator]] = {
     "regmean": RegMean,
     "regmean++": RegMeanPlusPlus,
     "fisher": Fisher,
+    "zipit": ZipIt,
+    "mudsc": MuDSC,
+    "cca": CCAMerge,
+    "c2m3": C2M3,
+    "straight_through": StraightThrough,
+    "neuron_interpolation": NeuronInterpolation,
+    "pleas_published": PublishedPLeaS,
+    "distillation": Distillation,
 }
 
 __all__ = ["METHODS", "Case", "Comparator"]
