@@ -36,8 +36,10 @@ class Permutation(OneSize):
 
 @dataclass(frozen=True)
 class WeightMatching(OneSize):
-    """The mean of weights matched by the weights alone (Git Re-Basin, arXiv 2209.04836, alg. 1; from three parents on
-    MergeMany, alg. 3)."""
+    """The mean of weights matched by the weights alone (Git Re-Basin, arXiv 2209.04836, alg. 1).
+
+    From three parents on all are matched in turn to the sum of the others (MergeMany, alg. 3).
+    """
 
     title: ClassVar[str] = "weight matching"
 
