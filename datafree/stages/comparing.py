@@ -31,11 +31,12 @@ REESTIMATED = {
 
 @dataclass(frozen=True)
 class Chosen:
-    """One method of the recipe. entry: its place in the recipe's list"""
+    """One method of the recipe. entry: its place in the recipe's list; named: there by its name, not by `all`"""
 
     method: str
     comparator: Comparator
     entry: int
+    named: bool = True
 
     @property
     def name(self) -> str:
@@ -98,7 +99,9 @@ def choose_methods(work: Work, networks: pleas.Parents) -> tuple[Chosen, ...]:
 def _candidates(spec: MethodSpec, entry: int) -> list[Chosen]:
     specs = SPECS if spec.method == ALL else {spec.method: spec}
     return [
-        Chosen(method, (one if isinstance(one, MethodSpec) else one()).comparator(), entry)
+        Chosen(
+            method, (one if isinstance(one, MethodSpec) else one()).comparator(), entry, spec.method != ALL
+        )
         for method, one in specs.items()
     ]
 
@@ -106,7 +109,10 @@ def _candidates(spec: MethodSpec, entry: int) -> list[Chosen]:
 def compare_methods(
     work: Work, parents: LoadedParents, evidence: pleas.Evidence, chosen: Sequence[Chosen]
 ) -> tuple[Compared, ...]:
-    """The network of every method, on the CPU; one that an earlier run made is found in the store."""
+    """The network of every method, on the CPU; one that an earlier run made is found in the store.
+
+    A method that fails is noted where `all` brought it in; one that was named ends the run.
+    """
     if not chosen:
         return ()
     with work.progress.stage("comparators"):
@@ -114,7 +120,12 @@ def compare_methods(
         for number, one in enumerate(chosen, 1):
             work.progress(one.name, number, len(chosen))
             with work.recipe.at("compare", one.entry):
-                found.append(_made(work, parents, evidence, one))
+                try:
+                    found.append(_made(work, parents, evidence, one))
+                except pleas.PleasError as error:
+                    if one.named:
+                        raise
+                    work.progress.note(f"compare: {one.name} is left out: {error}")
         return tuple(found)
 
 

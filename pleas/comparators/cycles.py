@@ -5,18 +5,19 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from pleas.comparators.comparator import Case, State
 from pleas.comparators.mixing import along, axes_on, axis_matrix, free_classes, not_mixable
-from pleas.comparators.one_size import Canvas, OneSize, check_range
+from pleas.comparators.one_size import Canvas, OneSize, check_choice, check_range
 from pleas.evidence import Evidence
 from pleas.matching.assign import best_assignment, leave
+from pleas.matching.weights import match_weights
 from pleas.parents import Parents
-from pleas.symmetry import Permutation, Symmetry, UnitPermutation, compose, inverse
+from pleas.symmetry import Permutation, Symmetry, UnitPermutation, compose, identity, inverse
 
 Soft = dict[int, Tensor]  # class -> doubly stochastic (places, units) of one parent
 
@@ -28,15 +29,18 @@ class C2M3(OneSize):
     Maximises sum_{p<q} <P_p W_p, P_q W_q> over permutations P_p of parent p into a universe of units, relaxed to doubly
     stochastic matrices; every step goes towards the permutations that the gradient likes best, as far as pays.
 
+    start:      where it begins: at the "identity", as published, or with every parent "matched" to the first
     iterations: steps at most    tolerance: relative gain of a step below which it ends
     """
 
     title: ClassVar[str] = "C2M3"
+    start: Literal["identity", "matched"] = "identity"
     iterations: int = 100
     tolerance: float = 1e-6
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_choice("start", self.start, ("identity", "matched"))
         check_range("iterations", self.iterations, 1, 10**5)
         check_range("tolerance", self.tolerance, 0, 1)
 
@@ -45,7 +49,11 @@ class C2M3(OneSize):
 
     def align(self, case: Case) -> Evidence:
         parents = case.evidence.parents
-        alignments = match_in_cycles(parents.symmetry, parents.states, self.iterations, self.tolerance)
+        symmetry, states = parents.symmetry, parents.states
+        begin = [identity(symmetry)] * parents.count
+        if self.start == "matched":
+            begin[1:] = [match_weights(symmetry, states[0], state)[0] for state in states[1:]]
+        alignments = match_in_cycles(symmetry, states, begin, self.iterations, self.tolerance)
         return replace(case.evidence, alignments=alignments)
 
     def merge(self, canvas: Canvas, case: Case) -> State:
@@ -53,9 +61,13 @@ class C2M3(OneSize):
 
 
 def match_in_cycles(
-    symmetry: Symmetry, states: Sequence[State], iterations: int, tolerance: float
+    symmetry: Symmetry,
+    states: Sequence[State],
+    begin: Sequence[Permutation],
+    iterations: int,
+    tolerance: float,
 ) -> tuple[Permutation, ...]:
-    """Per parent the permutation into the first one's order of units."""
+    """Per parent the permutation into the first one's order of units. begin: where the steps start"""
     names = [
         name
         for name in symmetry.program.parameters
@@ -63,9 +75,7 @@ def match_in_cycles(
     ]
     weights = [{name: state[name].double().cpu() for name in names} for state in states]
     free = free_classes(symmetry)
-    soft: list[Soft] = [
-        {c: torch.eye(symmetry.classes[c].size, dtype=torch.float64) for c in free} for _ in states
-    ]
+    soft: list[Soft] = [{c: _matrix(one[c].perm) for c in free} for one in begin]
     value = _agreement(symmetry, weights, soft)
     for _ in range(iterations):
         wanted = _best_vertices(symmetry, weights, soft)
@@ -119,8 +129,9 @@ def _best_vertices(
                 touched = [(c, axis) for c in s for axis in axes_on(symmetry, c, name, dim)]
                 if not touched or (dim == 1 and symmetry.groups.get(name, 1) > 1):
                     continue
-                left = others.movedim(dim, 0).flatten(1)
-                right = _moved(symmetry, name, value, s, but=dim).movedim(dim, 0).flatten(1)
+                left = others.movedim(dim, 0).reshape(value.shape[dim], -1)
+                right = _moved(symmetry, name, value, s, but=dim).movedim(dim, 0)
+                right = right.reshape(value.shape[dim], -1)
                 for c, axis in touched:
                     for places in axis.index.T:
                         gradient[c] += left[places] @ right[places].T

@@ -25,8 +25,7 @@ from pleas.plan.plan import Plan, make_plan
 class ZipIt(Comparator):
     """The most correlated units are averaged greedily, whichever parent they are of (ZipIt!, arXiv 2305.03053).
 
-    A merged network may cost more than one parent: with `zipped` below 1 its last layers stay apart, one head after
-    another in the order of the graph, as in partial zipping.
+    With `zipped` below 1 the last layers stay apart (partial zipping), and the network costs more than one parent.
 
     alpha:  what a unit's correlations are multiplied by each time it was merged
     beta:   of the merges that each parent takes part in, the share that may be within it
