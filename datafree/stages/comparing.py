@@ -22,6 +22,7 @@ from datafree.stages.work import Work
 from pleas.baselines import has_batch_norm
 from pleas.comparators import METHODS, Case, Comparator
 
+MOST_NAMES = 3  # in a note on the table
 BASELINES = ("average", "permutation")
 REESTIMATED = {
     "proxies": "re-estimated on the proxies",
@@ -179,10 +180,16 @@ def caution(networks: pleas.Parents, compared: Sequence[Compared]) -> dict[str, 
     for how, text in REESTIMATED.items():
         names = [one.name for one in compared if getattr(one.chosen.comparator, "repair", None) == how]
         if names:
-            listed = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
             verb = "has its" if len(names) == 1 else "have their"
-            said |= dict.fromkeys(names, f"{listed[0].upper()}{listed[1:]} {verb} batch norms {text}")
+            said |= dict.fromkeys(names, f"{_listed(names)} {verb} batch norms {text}")
     return said
+
+
+def _listed(names: Sequence[str]) -> str:
+    if len(names) > MOST_NAMES:
+        return "Methods that average weights"
+    listed = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+    return listed[0].upper() + listed[1:]
 
 
 def listed_methods() -> list[dict[str, Any]]:
