@@ -9,6 +9,7 @@ TEST_FLAGS ?=
 # One worker a core, one thread a worker: `TEST_FLAGS="-n 0"` runs everything in one process.
 PYTEST = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n auto --dist worksteal
 OUT ?= runs/quickstart
+JOBS ?= 2
 
 # The oldest versions that pyproject.toml allows, in an environment of their own, and what is run there: merging,
 # refining, saving and loading, transformers, proxies.
@@ -17,7 +18,7 @@ OLDEST_TESTS := tests/test_oldest.py tests/pleas/network/test_counting.py tests/
 	tests/pleas/refine/test_refine.py tests/pleas/test_transformers.py tests/datafree/artefact/test_save_load.py \
 	tests/datafree/test_pipeline.py tests/datafree/proxy
 
-.PHONY: help quickstart test test-all test-oldest lint types format clean
+.PHONY: help quickstart test test-all test-oldest lint types format evidence clean
 
 help:
 	@echo "make quickstart   merge two digit networks from inverted images alone; table, artefact and report in $(OUT)"
@@ -26,6 +27,7 @@ help:
 	@echo "make test-oldest  the tests of what is promised of the oldest versions that pyproject.toml allows"
 	@echo "make lint types   ruff and pyright"
 	@echo "make format       let ruff format the sources"
+	@echo "make evidence     every published table and every grid of recipes/ablations again; hours, goes on where it stopped"
 
 quickstart: $(VENV)/.installed-quickstart
 	$(BIN)/datafree merge recipes/quickstart.yaml --out $(OUT) --overwrite
@@ -50,6 +52,18 @@ types: $(VENV)/.installed-dev
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# A grid that lost a cell does not keep the others from running; make fails in the end.
+evidence: $(VENV)/.installed-quickstart
+	$(BIN)/python -m benchmarks.propagate --groups resnet20,halves,mnist_usps,resnet20_other --images inverted \
+		--count 512 --budgets 1,1.25,1.5 --seeds 0 --name propagate
+	$(BIN)/python -m benchmarks.propagate --groups resnet20_three --images public --count 512 --budgets 1,1.5,2,3 \
+		--seeds 0 --name propagate_three
+	$(BIN)/python -m benchmarks.propagate --groups imagenet_mobilenet --images real --count 384 --budgets 1 \
+		--seeds 0 --name propagate_imagenet
+	failed=; for grid in recipes/ablations/*.yaml; do \
+		$(BIN)/datafree ablate $$grid -o runs/evidence/$$(basename $$grid .yaml) --jobs $(JOBS) || failed="$$failed $$grid"; \
+	done; [ -z "$$failed" ] || { echo "not finished:$$failed"; exit 1; }
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "datafree needs Python 3.11 or later: make PYTHON=/path/to/python3.11 ...")'

@@ -73,7 +73,13 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-KEEPS = ("plan", "merge", "diagnose", "proxy")  # commands whose finished stages are kept in the cache
+KEEPS = (
+    "plan",
+    "merge",
+    "diagnose",
+    "proxy",
+    "ablate",
+)  # commands whose finished stages are kept in the cache
 
 
 def _interrupted(command: str | None) -> str:
@@ -85,6 +91,8 @@ def _interrupted(command: str | None) -> str:
     )  # it may not be imported yet
     where = "" if cache_folder is None else f" in {cache_folder()}"
     output = "; the output folder was not touched" if command in ("merge", "proxy") else ""
+    if command == "ablate":
+        output = ", the finished cells and their rows in the output folder"
     return (
         f"interrupted: the stages and proxy images that were finished are kept{where}{output}. Run the same command "
         "again to go on from there"
@@ -270,6 +278,40 @@ def proxy(
     from datafree.commands import proxy
 
     proxy.run(recipe, out, settings, device, overwrite, png, shown, as_json)
+
+
+@main.command()
+@click.argument("grid", type=click.Path(dir_okay=False))
+@click.option(
+    "-o", "--out", required=True, type=click.Path(), help="Output folder; what it holds is gone on with."
+)
+@click.option("--only", multiple=True, metavar="AXIS=LABEL", help="Run a part of the grid (may be repeated).")
+@click.option("--jobs", default=1, show_default=True, type=click.IntRange(1, 256), help="Cells at a time.")
+@click.option(
+    "--threads",
+    type=click.IntRange(1, 1024),
+    help="Of every cell; when left out 1 with several jobs, all with one.",
+)
+@click.option("--dry-run", is_flag=True, help="Show the cells and how long they will take; run none.")
+@click.option("--networks", is_flag=True, help="Keep the merged networks of every cell as well.")
+@SETTINGS
+@DEVICE
+@OFFLINE
+def ablate(
+    grid: str,
+    out: str,
+    only: tuple[str, ...],
+    jobs: int,
+    threads: int | None,
+    dry_run: bool,
+    networks: bool,
+    settings: tuple[str, ...],
+    device: str,
+) -> None:
+    """Run every cell of GRID, a recipe with axes, and compare them in one table and one report."""
+    from datafree.commands import ablate
+
+    ablate.run(grid, out, settings, only, device, jobs, threads, dry_run, networks, sys.argv)
 
 
 @main.command()

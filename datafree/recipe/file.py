@@ -59,32 +59,43 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> RecipeFile:
 
     Raises UsageError that lists every mistake, each with its place. Files the recipe names are not opened.
     """
-    path = Path(path)
+    return parse_recipe(read_text(Path(path)), path, overrides)
+
+
+def read_text(path: Path, what: str = "recipe") -> str:
+    """The text of a YAML file, its lines ending in one character. Raises UsageError.
+
+    what: the file is, in errors
+    """
     try:
         with path.open("rb") as file:
             content = file.read(4 * yaml_source.MOST_TEXT + 1)  # a character is at most four bytes
     except FileNotFoundError as error:
         raise UsageError(
-            f"{path}: no such recipe; give the path of a .yaml file{_yaml_nearby(path)}"
+            f"{path}: no such {what}; give the path of a .yaml file{_yaml_nearby(path)}"
         ) from error
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
     if len(content) > 4 * yaml_source.MOST_TEXT:
-        raise UsageError(f"{path}:1:1: this is larger than any recipe; give the path of a .yaml file")
+        raise UsageError(f"{path}:1:1: this is larger than any {what}; give the path of a .yaml file")
     try:
         text = content.decode()
     except UnicodeDecodeError as error:
         place = yaml_source.locate(str(path), content[: error.start].decode())
         raise UsageError(
-            f"{place}: not a text file (byte {error.start} is not UTF-8); a recipe is YAML"
+            f"{place}: not a text file (byte {error.start} is not UTF-8); a {what} is YAML"
         ) from error
-    return parse_recipe(text.replace("\r\n", "\n").replace("\r", "\n"), path, overrides)
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def parse_recipe(text: str, path: str | Path, overrides: Sequence[str] = ()) -> RecipeFile:
     """As `load_recipe`, from text; `path` names it in errors and its folder is where relative paths start."""
+    return check_source(yaml_source.override(yaml_source.parse(text, str(path)), overrides), path)
+
+
+def check_source(source: Source, path: str | Path) -> RecipeFile:
+    """The recipe that `source` holds. Raises UsageError that lists every mistake, each with its place."""
     path = Path(path)
-    source = yaml_source.override(yaml_source.parse(text, str(path)), overrides)
     try:
         # By way of JSON, where strict checking still takes a list for a tuple but not "5" for 5.
         recipe = Recipe.model_validate_json(json.dumps(source.data), strict=True)

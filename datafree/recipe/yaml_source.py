@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -103,14 +103,16 @@ def spell(key: Key) -> str:
     return ".".join(str(part) for part in key)
 
 
-def parse(text: str, file: str) -> Source:
+def parse(text: str, file: str, what: str = "recipe") -> Source:
     """Read YAML whose top level is a mapping. Raises UsageError with `file:line:column` for anything it
     cannot take.
+
+    what: the text is, in errors
     """
     places: dict[Key, str] = {}
     if len(text) > MOST_TEXT:
         raise UsageError(
-            f"{file}:1:1: the text has {len(text):,} characters; a recipe has at most {MOST_TEXT:,}"
+            f"{file}:1:1: the text has {len(text):,} characters; a {what} has at most {MOST_TEXT:,}"
         )
     try:
         data = _load(text, places, file)
@@ -123,7 +125,7 @@ def parse(text: str, file: str) -> Source:
         ) from error
     if not isinstance(data, dict):
         found = "empty" if data is None else f"a {_kind(data)}"
-        raise UsageError(f"{file}:1:1: a recipe is a mapping (`key: value` lines), but this text is {found}")
+        raise UsageError(f"{file}:1:1: a {what} is a mapping (`key: value` lines), but this text is {found}")
     return Source(file, text, data, places)
 
 
@@ -161,9 +163,20 @@ def _assign(source: Source, assignment: str) -> Source:
     except yaml.YAMLError as error:
         reason = error.problem if isinstance(error, yaml.MarkedYAMLError) else str(error)
         raise UsageError(f"{place}: the value is not valid YAML: {reason}") from error
-    key, data = _put(source.data, parts, value, (), place)
+    return put(source, parts, value, dict.fromkeys((*value_places, ()), place))
+
+
+def put(source: Source, parts: Sequence[str], value: Any, value_places: Mapping[Key, str]) -> Source:
+    """`source` with `value` at the key path `parts`, where list indices are digits.
+
+    value_places: where every key inside `value` was written, and at () `value` itself, which errors name
+    Raises UsageError for an index outside its list.
+    """
+    key, data = _put(source.data, parts, value, (), value_places[()])
     places = {old: where for old, where in source.places.items() if old[: len(key)] != key}
-    places.update({key + inner: place for inner in (*value_places, ())})
+    places.update({key + inner: place for inner, place in value_places.items()})
+    for length in range(1, len(key)):  # sections that are there from now on
+        places.setdefault(key[:length], value_places[()])
     return replace(source, data=data, places=places)
 
 

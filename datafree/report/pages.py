@@ -28,7 +28,7 @@ def html_report(results: Results, run: Mapping[str, Any], recipe: str) -> str:
         residual_chart,
     )
 
-    return _render(
+    return render(
         "report.html.j2",
         results=results,
         table=_table(results),
@@ -48,7 +48,7 @@ def model_card(
 ) -> str:
     """README.md of an artefact: metadata for the Hugging Face Hub, then text. No path of this machine is in it."""
     own = None if results is None else own_row(description, results)
-    return _render(
+    return render(
         "card.md.j2",
         metadata=metadata(description, results),
         unknown_license=UNKNOWN_LICENSE,
@@ -77,7 +77,8 @@ def _cell(text: str) -> str:
     return " ".join(text.replace("|", "\\|").split())
 
 
-def _render(template: str, **values: Any) -> str:
+def render(template: str, **values: Any) -> str:
+    """The text of a template beside this file; a value that it needs and is not given is an error."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("datafree.report"),
         autoescape=jinja2.select_autoescape(["html.j2"]),

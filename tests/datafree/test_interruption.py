@@ -18,6 +18,7 @@ from tests.datafree.tiny import make_tiny
 
 STAGES = "interrupted: the stages and proxy images that were finished are kept in {cache}"
 KEPT = f"{STAGES}; the output folder was not touched"
+CELLS = f"{STAGES}, the finished cells and their rows in the output folder"
 AGAIN = ". Run the same command again to go on from there\n"
 
 
@@ -27,6 +28,7 @@ AGAIN = ". Run the same command again to go on from there\n"
         ("merge", ["-o", "OUT"], KEPT + AGAIN),
         ("proxy", ["-o", "OUT"], KEPT + AGAIN),
         ("plan", [], STAGES + AGAIN),
+        ("ablate", ["-o", "OUT"], CELLS + AGAIN),
         ("diagnose", [], STAGES + AGAIN),
         ("check", [], "interrupted: nothing was changed\n"),
     ],
