@@ -109,7 +109,7 @@ class Findings:
 
         Where the grid has axes these are the merged and refined networks, else all methods there are.
         """
-        left_out = (*REFERENCES, "baseline") if self.axes else REFERENCES
+        left_out = (*REFERENCES, "baseline", "comparator") if self.axes else REFERENCES
         lines = [line for line in self.of(recipe) if line.kind not in left_out]
         cheapest = any(line.point == point and line.cheapest for line in lines)
         return [

@@ -64,7 +64,8 @@ def along(value: Tensor, dim: int, matrix: Tensor | None) -> Tensor:
     """A matrix (new, old) applied along one dimension; None leaves it."""
     if matrix is None:
         return value
-    return torch.tensordot(matrix, value, dims=([1], [dim])).movedim(0, dim)
+    moved = value.movedim(dim, 0)
+    return (matrix @ moved.reshape(len(moved), -1)).view(len(matrix), *moved.shape[1:]).movedim(0, dim)
 
 
 def axis_matrix(symmetry: Symmetry, name: str, dim: int, mixtures: Mixtures) -> Tensor | None:
