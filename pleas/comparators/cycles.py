@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pleas.comparators.comparator import Case, State
-from pleas.comparators.mixing import along, axes_on, axis_matrix, free_classes, not_mixable
+from pleas.comparators.mixing import Places, along, free_classes, not_mixable
 from pleas.comparators.one_size import Canvas, OneSize, check_choice, check_range
 from pleas.evidence import Evidence
 from pleas.matching.assign import best_assignment, leave
@@ -74,14 +74,14 @@ def match_in_cycles(
         if len({state[name].shape for state in states}) == 1 and states[0][name].is_floating_point()
     ]
     weights = [{name: state[name].double().cpu() for name in names} for state in states]
-    free = free_classes(symmetry)
+    free, places = free_classes(symmetry), Places(symmetry)
     soft: list[Soft] = [{c: _matrix(one[c].perm) for c in free} for one in begin]
-    value = _agreement(symmetry, weights, soft)
+    value = _agreement(places, weights, soft)
     for _ in range(iterations):
-        wanted = _best_vertices(symmetry, weights, soft)
-        step = _best_step(symmetry, weights, soft, wanted)
+        wanted = _best_vertices(places, weights, soft)
+        step = _best_step(places, weights, soft, wanted)
         moved = [_between(own, goal, step) for own, goal in zip(soft, wanted, strict=True)]
-        reached = _agreement(symmetry, weights, moved)
+        reached = _agreement(places, weights, moved)
         if reached <= value + tolerance * abs(value):
             break
         soft, value = moved, reached
@@ -94,29 +94,29 @@ def _between(own: Soft, goal: Soft, step: float) -> Soft:
     return {c: torch.lerp(own[c], goal[c], step) for c in own}
 
 
-def _moved(symmetry: Symmetry, name: str, value: Tensor, soft: Soft, but: int | None = None) -> Tensor:
+def _moved(places: Places, name: str, value: Tensor, soft: Soft, but: int | None = None) -> Tensor:
     """A tensor with its units moved to their places, along all of its dimensions `but` one."""
     for dim in range(value.dim()):
-        if dim != but and not (dim == 1 and symmetry.groups.get(name, 1) > 1):
-            value = along(value, dim, axis_matrix(symmetry, name, dim, soft))
+        if dim != but:
+            value = along(value, dim, places.matrix(name, dim, soft))
     return value
 
 
-def _agreement(symmetry: Symmetry, weights: Sequence[Mapping[str, Tensor]], soft: Sequence[Soft]) -> float:
+def _agreement(places: Places, weights: Sequence[Mapping[str, Tensor]], soft: Sequence[Soft]) -> float:
     """sum_{p<q} <P_p W_p, P_q W_q>"""
     total = 0.0
     for name in weights[0]:
-        moved = [_moved(symmetry, name, own[name], s) for own, s in zip(weights, soft, strict=True)]
+        moved = [_moved(places, name, own[name], s) for own, s in zip(weights, soft, strict=True)]
         total += sum(float((x * y).sum()) for x, y in itertools.combinations(moved, 2))
     return total
 
 
 def _best_vertices(
-    symmetry: Symmetry, weights: Sequence[Mapping[str, Tensor]], soft: Sequence[Soft]
+    places: Places, weights: Sequence[Mapping[str, Tensor]], soft: Sequence[Soft]
 ) -> list[Soft]:
     """The permutations with the greatest inner product with the gradient."""
     moved = [
-        {name: _moved(symmetry, name, value, s) for name, value in own.items()}
+        {name: _moved(places, name, value, s) for name, value in own.items()}
         for own, s in zip(weights, soft, strict=True)
     ]
     total = {name: torch.stack([own[name] for own in moved]).sum(0) for name in moved[0]}
@@ -126,15 +126,15 @@ def _best_vertices(
         for name, value in own.items():
             others = total[name] - moved[p][name]
             for dim in range(value.dim()):
-                touched = [(c, axis) for c in s for axis in axes_on(symmetry, c, name, dim)]
-                if not touched or (dim == 1 and symmetry.groups.get(name, 1) > 1):
+                touched = places.on(name, dim)
+                if not touched:
                     continue
                 left = others.movedim(dim, 0).reshape(value.shape[dim], -1)
-                right = _moved(symmetry, name, value, s, but=dim).movedim(dim, 0)
+                right = _moved(places, name, value, s, but=dim).movedim(dim, 0)
                 right = right.reshape(value.shape[dim], -1)
                 for c, axis in touched:
-                    for places in axis.index.T:
-                        gradient[c] += left[places] @ right[places].T
+                    for units in axis.index.T:
+                        gradient[c] += left[units] @ right[units].T
         found.append({c: _matrix(best_assignment(g)) for c, g in gradient.items()})
     return found
 
@@ -144,13 +144,13 @@ def _matrix(perm: Tensor) -> Tensor:
 
 
 def _best_step(
-    symmetry: Symmetry, weights: Sequence[Mapping[str, Tensor]], soft: Sequence[Soft], goal: Sequence[Soft]
+    places: Places, weights: Sequence[Mapping[str, Tensor]], soft: Sequence[Soft], goal: Sequence[Soft]
 ) -> float:
     """How far towards the goal the agreement is greatest. Along the way it is a polynomial of degree 4: a tensor has
     units along two dimensions, and two parents meet in a product; of tensors with more it is approximated."""
     at = torch.linspace(0, 1, 5, dtype=torch.float64)
     values = [
-        _agreement(symmetry, weights, [_between(own, end, t) for own, end in zip(soft, goal, strict=True)])
+        _agreement(places, weights, [_between(own, end, t) for own, end in zip(soft, goal, strict=True)])
         for t in at.tolist()
     ]
     powers = at[:, None] ** torch.arange(5)

@@ -42,8 +42,8 @@ def mixed_state(parents: Parents, state: State, gives: Mixtures, reads: Mixtures
 
     gives: of the units that a tensor belongs to (rows of weights, biases, norms)    reads: of a weight's inputs
     """
-    symmetry, weights = parents.symmetry, contracted(parents.symmetry.program)
-    program = symmetry.program
+    program, places = parents.symmetry.program, Places(parents.symmetry)
+    weights = contracted(program)
     found: dict[str, Tensor] = {}
     for name in (*program.parameters, *program.buffers, *program.added):
         value = state[name]
@@ -53,9 +53,7 @@ def mixed_state(parents: Parents, state: State, gives: Mixtures, reads: Mixtures
         value = value.double().cpu()
         weight = name in weights and value.dim() > 1
         for dim in range(value.dim()):
-            if dim == 1 and symmetry.groups.get(name, 1) > 1:
-                continue  # depthwise: the row says which unit it reads
-            value = along(value, dim, axis_matrix(symmetry, name, dim, reads if weight and dim else gives))
+            value = along(value, dim, places.matrix(name, dim, reads if weight and dim else gives))
         found[name] = value
     return found
 
@@ -68,20 +66,32 @@ def along(value: Tensor, dim: int, matrix: Tensor | None) -> Tensor:
     return (matrix @ moved.reshape(len(moved), -1)).view(len(matrix), *moved.shape[1:]).movedim(0, dim)
 
 
-def axis_matrix(symmetry: Symmetry, name: str, dim: int, mixtures: Mixtures) -> Tensor | None:
-    """(size, size) float64 for one axis of a tensor; positions in no mixed class stay. None where all stay."""
-    matrix: Tensor | None = None
-    for c, mixture in mixtures.items():
-        for axis in axes_on(symmetry, c, name, dim):
-            if matrix is None:
-                matrix = torch.eye(len(symmetry.axis(name, dim).cls), dtype=torch.float64)
+class Places:
+    """Where the classes of units stand on the axes of the tensors."""
+
+    def __init__(self, symmetry: Symmetry) -> None:
+        self.symmetry = symmetry
+        self._on: dict[tuple[str, int], list[tuple[int, Axis]]] = {}
+        for c in free_classes(symmetry):
+            for axis in symmetry.classes[c].axes:
+                self._on.setdefault((axis.tensor, axis.dim), []).append((c, axis))
+
+    def on(self, name: str, dim: int) -> list[tuple[int, Axis]]:
+        """The classes along one dimension of a tensor. A depthwise weight says by its row what it reads."""
+        if dim == 1 and self.symmetry.groups.get(name, 1) > 1:
+            return []
+        return self._on.get((name, dim), [])
+
+    def matrix(self, name: str, dim: int, mixtures: Mixtures) -> Tensor | None:
+        """(size, size) float64 for one axis; positions in no mixed class stay. None where all stay."""
+        found = [(axis, mixtures[c]) for c, axis in self.on(name, dim) if c in mixtures]
+        if not found:
+            return None
+        matrix = torch.eye(self.symmetry.shapes[name][dim], dtype=torch.float64)
+        for axis, mixture in found:
             for places in axis.index.T:
                 matrix[places[:, None], places[None, :]] = mixture
-    return matrix
-
-
-def axes_on(symmetry: Symmetry, c: int, name: str, dim: int) -> list[Axis]:
-    return [axis for axis in symmetry.classes[c].axes if (axis.tensor, axis.dim) == (name, dim)]
+        return matrix
 
 
 def free_classes(symmetry: Symmetry) -> list[int]:
