@@ -44,6 +44,7 @@ from datafree.stages import (
     load_tasks,
     make_plans,
     make_proxies,
+    make_refine_proxies,
     merge_real,
     proxy_inputs,
     refine_merged,
@@ -102,12 +103,15 @@ def run(
         check_refining(work, parents, networks)
         methods = choose_methods(work, networks)
         proxies = make_proxies(work, parents, tasks)
+        more = make_refine_proxies(work, parents, tasks)
         inputs = proxy_inputs(work, parents, proxies)
         evidence = gather_evidence(work, parents, networks, inputs)
         looks = judge_proxies(work, parents, proxies, evidence)
         plans = make_plans(work, evidence)
         merged = solve_plans(work, parents, evidence, plans)
-        refined = refine_merged(work, parents, evidence, proxies, merged)
+        refined = refine_merged(
+            work, parents, evidence, [proxies] if more is None else [proxies, more], merged
+        )
         compared = compare_methods(work, parents, evidence, methods)
         oracles = merge_real(work, parents, networks, real)
         cautions = caution(networks, compared)
@@ -115,7 +119,7 @@ def run(
         with work.progress.stage("report"):
             results = _results(work, parents, networks, proxies, merged, rows)
             seconds = time.perf_counter() - started
-            record = _record(work, parents, proxies, real, seconds, command)
+            record = _record(work, parents, proxies, more, real, seconds, command)
             record["proxies"]["diagnosis"] = looks
             record["compare"] = {one.name: one.told() for one in compared}
             record["refine"] = {
@@ -147,6 +151,7 @@ def _results(
             "held_out_error": one.result.held_out_error,
             "propagate": one.result.propagate,
             "tried": [[t, error] for t, error in one.result.tried.items()],
+            "targets": one.result.targets,
             "mean_residual": one.result.mean_residual,
             "classes": plan_table(networks, one.result.plan),
         }
@@ -187,6 +192,7 @@ def _record(
     work: Work,
     parents: LoadedParents,
     proxies: ProxySet,
+    more: ProxySet | None,
     real: ImageSet | None,
     seconds: float,
     command: Sequence[str],
@@ -202,22 +208,27 @@ def _record(
         "proxies": {
             "count": len(proxies),
             "fingerprint": proxies.fingerprint,
-            "sources": [
-                {
-                    "kind": source.kind,
-                    "count": source.count,
-                    "seconds_per_1000": source.seconds_per_1000,
-                    "spec": dict(source.spec),
-                    "facts": dict(source.facts),
-                }
-                for source in proxies.manifest
-            ],
+            "sources": _sources(proxies),
+            "for_refining": [] if more is None else _sources(more),
         },
         "oracle": None if real is None else len(real),
         "parents": _describe(parents),
         "versions": versions(),
         "machine": machine(),
     }
+
+
+def _sources(proxies: ProxySet) -> list[dict[str, Any]]:
+    return [
+        {
+            "kind": source.kind,
+            "count": source.count,
+            "seconds_per_1000": source.seconds_per_1000,
+            "spec": dict(source.spec),
+            "facts": dict(source.facts),
+        }
+        for source in proxies.manifest
+    ]
 
 
 def _describe(parents: LoadedParents) -> dict[str, Any]:
@@ -256,6 +267,7 @@ def _write(
         RECORD: json_text(record),
         REPORT: html_report(results, record, recipe.resolved(out)),
     }
+    sources = record["proxies"]["sources"] + record["proxies"]["for_refining"]
     inside = [Path() if len(merged) == 1 else Path(one.point.folder) for one in merged]
     with new_folder(out, overwrite=overwrite) as building:
         for one, place in zip(merged, inside, strict=True):
@@ -263,7 +275,7 @@ def _write(
             folder.mkdir(exist_ok=True)
             description = _description(recipe, parents, one)
             write_model(folder, one.result.module, one.result, description)
-            card = model_card(description, one.result, results, record["proxies"]["sources"])
+            card = model_card(description, one.result, results, sources)
             texts = {CARD: card, RECIPE: recipe.source.text, RESOLVED: recipe.resolved(out / place)}
             _write_texts(folder, texts)
             if export:

@@ -140,6 +140,22 @@ class TerminalProgress(StageProgress):
         self._console.print(f"{mark} {name:<14} {seconds:8.1f} s", style=style, markup=False, highlight=False)
 
 
+class BarProgress(TerminalProgress):
+    """The live bar alone, for a run that is one of many and leaves one line of its own."""
+
+    def note(self, text: str) -> None:
+        StageProgress.note(self, text)
+
+    def _close(self, name: str, seconds: float, finished: bool) -> None:
+        self._bar.update(self._task, visible=False)
+
+
+def bar_on(stream: TextIO | None = None) -> StageProgress:
+    """What `stream` (standard error by default) shows of one run of many: a live bar in a terminal, else nothing."""
+    console = Console(file=stream or sys.stderr)
+    return BarProgress(console) if console.is_terminal else StageProgress()
+
+
 def progress_on(stream: TextIO | None = None) -> StageProgress:
     """Progress for `stream` (standard error by default): live in a terminal, lines elsewhere."""
     chosen = stream or sys.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +52,9 @@ class MergeResult:
     held_out_error: squared error of the outputs on held-out proxies, relative to the variance of what they should be;
                     None without least squares
     tried:          the same for every value of `propagate` that was tried
+    targets:        "own" where layers were solved for what the parent gives whose domain an image is of, "mean" where
+                    for the parents' mean; None without least squares
+    contradictions: parents that outvote another on its own images, where `targets` asked
     """
 
     module: nn.Module
@@ -65,6 +69,8 @@ class MergeResult:
     propagate: float | None = None
     held_out_error: float | None = None
     tried: Mapping[float, float] = field(default_factory=dict)
+    targets: Literal["mean", "own"] | None = None
+    contradictions: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
@@ -123,8 +129,17 @@ def assemble(
         propagate=None if best is None else best.propagate,
         held_out_error=None if best is None else best.held_out_error,
         tried={one.propagate: one.held_out_error for one in solved},
+        **_targets(evidence, least_squares),
         notes=(*program.notes, *parents.notes),
     )
+
+
+def _targets(evidence: Evidence, least_squares: bool) -> dict[str, Any]:
+    if not least_squares:
+        return {}
+    asked = evidence.given is None and evidence.parents.settings.targets != "mean"
+    said = tuple(map(str, evidence.contradictions)) if asked else ()
+    return {"targets": "mean" if evidence.shares is None else "own", "contradictions": said}
 
 
 def _error(one: Solved) -> float:

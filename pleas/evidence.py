@@ -12,7 +12,8 @@ from pleas.errors import InputError
 from pleas.matching.match import match
 from pleas.parents import Parents
 from pleas.plan.fusing import FusingCosts, Split, fusing_costs
-from pleas.statistics.collect import Batch, Progress, Statistics, collect
+from pleas.statistics.collect import Batch, Progress, Statistics, collect, for_each
+from pleas.statistics.domains import NO_DOMAINS, Contradiction, Domains, look, uneven
 from pleas.symmetry import Permutation, permute_state
 
 
@@ -22,12 +23,15 @@ class Evidence:
 
     inputs:     batches of proxies, read again by every solve: see `pleas.statistics.collect.Batch`
     alignments: per parent, the permutation into the first parent's order
+    given:      (images, parents) how much each parent counts in the targets of every image, where the caller knows it;
+                None: settings.targets decides
     """
 
     parents: Parents
     inputs: Iterable[Batch]
     statistics: Statistics
     alignments: tuple[Permutation, ...]
+    given: Tensor | None = None
 
     @cached_property
     def states(self) -> tuple[dict[str, Tensor], ...]:
@@ -37,6 +41,34 @@ class Evidence:
             permute_state(symmetry, state, alignment)
             for state, alignment in zip(self.parents.states, self.alignments, strict=True)
         )
+
+    @cached_property
+    def domains(self) -> Domains | None:
+        """Whose images the proxies are, from one more pass; None where the parents have no batch norms."""
+        inputs = (for_each(batch, self.parents) for batch in self.inputs)
+        return look(self.parents.modules, inputs, self.parents.names)
+
+    @cached_property
+    def contradictions(self) -> tuple[Contradiction, ...]:
+        """Where one parent outvotes another on that one's own images; only parents of one head can."""
+        if self.parents.settings.heads == "separate" or self.domains is None:
+            return ()
+        return self.domains.contradictions
+
+    @cached_property
+    def shares(self) -> Tensor | None:
+        """(images, parents) how much each parent counts in the targets of every image; None: all alike.
+
+        Raises InputError for targets = "own" where nothing tells whose the images are.
+        """
+        targets = self.parents.settings.targets
+        if self.given is not None or targets == "mean":
+            return uneven(self.given)
+        if targets == "auto":
+            return uneven(self.domains.shares) if self.contradictions and self.domains is not None else None
+        if self.domains is None:
+            raise InputError(NO_DOMAINS)
+        return uneven(self.domains.shares)
 
     @cached_property
     def costs(self) -> FusingCosts:

@@ -10,6 +10,7 @@ from pleas.errors import InputError
 Matching = Literal["activation", "weight"]
 Allocation = Literal["error", "uniform", "zip", "early"]
 Heads = Literal["shared", "separate"]
+Targets = Literal["mean", "own", "auto"]
 CANDIDATES = (0.0, 0.7, 1.0)  # what `propagate = "auto"` tries
 
 
@@ -26,6 +27,8 @@ class MergeSettings:
     propagate:  of a layer's inputs, how much is what the merged network itself gives there, the rest being the mean of
                 the parents' inputs: 0 solves every layer by itself, 1 only on what it will meet; "auto" tries
                 CANDIDATES and keeps the one whose logits are nearest to the parents' on held-out images
+    targets:    what every layer is to give for an image: "mean", the parents' mean; "own", mostly what the parent gives
+                whose batch norms the image fits best; "auto", that only where parents contradict each other
     ridge:      relative to the mean diagonal of the Gram matrix, towards the partial-merge weights
     head_ridge: the same for the layers whose outputs are the network's
     rows:       rows collected per unknown of a layer, over all images; a seeded choice of positions (decision 0002)
@@ -38,6 +41,7 @@ class MergeSettings:
     allocation: Allocation = "error"
     heads: Heads = "shared"
     propagate: float | Literal["auto"] = "auto"
+    targets: Targets = "auto"
     ridge: float = 1e-2
     head_ridge: float = 0.1
     rows: int = 16
@@ -47,7 +51,8 @@ class MergeSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, kind in (("matching", Matching), ("allocation", Allocation), ("heads", Heads)):
+        choices_of = {"matching": Matching, "allocation": Allocation, "heads": Heads, "targets": Targets}
+        for name, kind in choices_of.items():
             if getattr(self, name) not in get_args(kind):
                 choices = ", ".join(get_args(kind))
                 raise InputError(f"{name} = {getattr(self, name)!r}: must be one of {choices}")

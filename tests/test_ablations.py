@@ -8,7 +8,9 @@ import pytest
 
 from datafree.ablate.grid import load_grid
 
-GRIDS = sorted((Path(__file__).resolve().parent.parent / "recipes" / "ablations").glob("*.yaml"))
+PROJECT = Path(__file__).resolve().parent.parent
+GRIDS = sorted((PROJECT / "recipes" / "ablations").glob("*.yaml"))
+PUBLISHED = sorted((PROJECT / "benchmarks" / "results").glob("propagate*.md"))
 CELLS = {
     "budget_curve": 4 * 4 * 3,
     "inversion_steps": 3 * 6 * 3,
@@ -24,3 +26,11 @@ def test_every_cell_of_every_grid_is_a_recipe(path: Path) -> None:
     grid = load_grid(path)
     assert grid.name == path.stem.replace("_", "-")
     assert len({cell.fingerprint for cell in grid.cells}) == len(grid.cells) == CELLS[path.stem]
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
+def test_make_evidence_runs_the_command_of_every_published_table(path: Path) -> None:
+    makefile = " ".join((PROJECT / "Makefile").read_text().replace("\\\n", " ").split())
+    command = path.read_text().splitlines()[0].strip("`")
+    assert command.startswith("python -m benchmarks.propagate ")
+    assert f"$(BIN)/{command}" in makefile

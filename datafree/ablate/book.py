@@ -36,7 +36,7 @@ class Entry:
     seconds: wall time; what was found in the cache took none
     rows:    one per network, JSON-able    error: what went wrong, "" where it is done
     scores:  what the parents said of the proxies, without any label
-    trace:   where a bug was raised
+    trace:   where a bug was raised        notes: what the cell's own report says beside its numbers
     """
 
     cell: str
@@ -50,16 +50,20 @@ class Entry:
     timings: Mapping[str, float] = field(default_factory=dict)
     error: str = ""
     trace: str = ""
+    notes: Sequence[str] = field(default_factory=list)
 
 
 class Book:
-    """The entries of one folder, the latest of every cell; a line is written and on the disk before `add` returns."""
+    """The entries of one folder, the latest of every cell; a line is written and on the disk before `add` returns.
 
-    def __init__(self, folder: Path) -> None:
+    mend: rewrite a book that was cut short. Only who holds the folder's lock may: another process may be writing.
+    """
+
+    def __init__(self, folder: Path, *, mend: bool = False) -> None:
         self.folder = folder
         self.notes: list[str] = []
         self.entries: dict[str, Entry] = {}
-        self._read()
+        self._read(mend)
 
     def finished(self, cells: Sequence[Cell]) -> dict[str, Entry]:
         """The entries of those of `cells` that are done."""
@@ -82,7 +86,7 @@ class Book:
         """The folder of a cell."""
         return self.folder / CELLS / cell[:16]
 
-    def _read(self) -> None:
+    def _read(self, mend: bool) -> None:
         path = self.folder / BOOK
         if not path.exists():
             return
@@ -96,7 +100,7 @@ class Book:
                 continue
             kept.append(line)
             self.entries[entry.cell] = entry
-        if self.notes or not text.endswith("\n"):  # a line that was cut short would swallow the next one
+        if mend and (self.notes or not text.endswith("\n")):  # a line cut short would swallow the next one
             write_text(path, "".join(line + "\n" for line in kept))
 
 
@@ -124,7 +128,7 @@ def opened(folder: Path, grid: Grid) -> Iterator[Book]:
             shutil.rmtree(left, ignore_errors=True)
         write_text(folder / MARKED, json_text({MARK: version("datafree"), "grid": grid.name}))
         write_text(folder / GRID, grid.source.text)
-        yield Book(folder)
+        yield Book(folder, mend=True)
     finally:
         lock.release()
 

@@ -38,6 +38,7 @@ class Runner:
         started, error, trace = time.perf_counter(), "", ""
         rows: list[dict[str, Any]] = []
         scores: dict[str, float] = {}
+        notes: list[str] = []
         progress = progress or StageProgress()
         try:
             building = Path(tempfile.mkdtemp(prefix=BUILDING, dir=self.folder))
@@ -47,7 +48,7 @@ class Runner:
             outcome = pipeline.run(
                 cell.recipe, building / "out", device=self.device, progress=progress, command=self.command
             )
-            rows, scores = rows_of(outcome), scores_of(outcome)
+            rows, scores, notes = rows_of(outcome), scores_of(outcome), list(outcome.results.notes)
             self._keep(cell, outcome.folder)
         except (DatafreeError, pleas.PleasError) as known:
             error = str(known)
@@ -67,6 +68,7 @@ class Runner:
             timings={stage: round(spent, 3) for stage, spent in progress.timings.items()},
             error=error,
             trace=trace,
+            notes=notes,
         )
 
     def _keep(self, cell: Cell, out: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 from datafree.ablate.book import Entry
@@ -31,9 +32,19 @@ def page(
         time=spell(sum(entry.seconds for entry in entries)),
         sections=[_section(findings, recipe, drawn[recipe]) for recipe in findings.recipes],
         failed=[(titles.get(entry.cell, entry.cell[:16]), entry.error) for entry in failed],
+        notes=_notes(entries),
         grid=findings.grid.source.text,
         command=shlex.join(command),
     )
+
+
+def _notes(entries: Sequence[Entry]) -> list[str]:
+    """What the cells' own reports say beside their numbers, each once."""
+    uses = Counter(note for entry in entries for note in dict.fromkeys(entry.notes))
+    return [
+        note if count == len(entries) else f"{note} ({count} of {len(entries)} cells)"
+        for note, count in uses.items()
+    ]
 
 
 def _section(findings: Findings, recipe: str, drawn: Sequence[Picture]) -> dict[str, object]:

@@ -75,12 +75,12 @@ def json_lines(rows: Iterable[Mapping[str, Any]]) -> str:
 
 
 def spread(values: Iterable[float], digits: int = 1, times: float = 100.0) -> str:
-    """Mean ± standard deviation over seeds; the mean alone of one; a dash of none."""
+    """Mean ± standard deviation over seeds; the mean alone where all are one number; a dash of none."""
     known = [times * value for value in values]
     if not known:
         return "-"
     mean = f"{statistics.mean(known):.{digits}f}"
-    return mean if len(known) == 1 else f"{mean} ± {statistics.stdev(known):.{digits}f}"
+    return mean if len(set(known)) == 1 else f"{mean} ± {statistics.stdev(known):.{digits}f}"
 
 
 @dataclass(frozen=True)

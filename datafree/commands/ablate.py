@@ -18,7 +18,7 @@ from datafree.ablate.run import Schedule, run_cells
 from datafree.cache.store import code_fingerprint
 from datafree.commands.check import Faults, checks
 from datafree.errors import RunError, UsageError
-from datafree.progress import StageProgress
+from datafree.progress import StageProgress, bar_on
 from datafree.stages import begin
 from datafree.tables import output_width, text_table, wrapped
 
@@ -49,9 +49,9 @@ def run(
         if len(todo) < len(cells):
             _say(f"{len(cells) - len(todo)} of {len(cells)} cells are finished in {folder}")
         runner = Runner(folder, device, networks, [Path(command[0]).name, *command[1:]])
-        heard = partial(_heard, grid, cells, book)
-        failed = run_cells(cells, book, runner, Schedule(jobs, threads), heard)
-        findings = find(grid, cells, book.finished(cells))
+        heard = partial(_heard, grid, book)
+        failed = run_cells(cells, book, runner, Schedule(jobs, threads, bar_on), heard)
+        findings = find(grid, grid.cells, book.finished(grid.cells))
         write_rows(folder, findings)
         write_page(folder, findings, failed, runner.command)
     click.echo(summary(findings))
@@ -84,10 +84,10 @@ def check_cells(cells: Sequence[Cell], device: str) -> None:
         )
 
 
-def _heard(grid: Grid, cells: Sequence[Cell], book: Book, line: str) -> None:
+def _heard(grid: Grid, book: Book, line: str) -> None:
     """A cell ended: its line, and the rows of all that are finished."""
     _say(line)
-    write_rows(book.folder, find(grid, cells, book.finished(cells)))
+    write_rows(book.folder, find(grid, grid.cells, book.finished(grid.cells)))
 
 
 def _dry_run(cells: Sequence[Cell], book: Book, jobs: int) -> None:

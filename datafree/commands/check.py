@@ -15,7 +15,7 @@ import pleas
 from datafree.errors import DatafreeError, UsageError
 from datafree.evaluation.evaluate import Task, check_tasks, load_task
 from datafree.progress import StageProgress
-from datafree.proxy import SHARD, Source, SourceSpec, check_proxies
+from datafree.proxy import SHARD, Source, SourceSpec, check_proxies, find_proxies
 from datafree.recipe.file import load_recipe
 from datafree.seeds import derive_seed
 from datafree.stages import (
@@ -28,13 +28,18 @@ from datafree.stages import (
     choose_methods,
     load_oracle,
     load_parents,
+    proxy_inputs,
+    refine_seed,
     refuse_leak,
     trace_parents,
 )
 from datafree.tables import output_width, wrapped
 from datafree.text import json_text
+from pleas.statistics.domains import look
 
 MOST_IMAGES = 5000  # of a source or of a task's files, hashed for the leak check; a merge compares all
+
+LOOKED_AT = 128  # proxies that parents are compared on
 
 Bound = list[tuple[SourceSpec, Source, int]]
 
@@ -145,10 +150,25 @@ def _check_work(
             )
         for _, source, _ in bound:
             work.progress.notes.extend(source.notes)
-        yield "proxies", ", ".join(f"{count} from {spec.model_dump()['kind']}" for spec, _, count in bound)
-        said = _leak(work, bound, tasks)
+        yield "proxies", _counts(bound)
+        said = _leak(work, bound, tasks, "proxy")
         if said:
             yield "leak", said
+        yield from _contradictions(work, parents)
+    with faults.collected():
+        if recipe.refine is not None and recipe.refine.proxies is not None:
+            with work.recipe.at("refine", "proxies"):
+                further = check_proxies(
+                    recipe.refine.proxies,
+                    list(parents.each),
+                    refine_seed(work),
+                    work.recipe.base,
+                    device=str(work.device),
+                )
+            yield "further proxies", _counts(further)
+            said = _leak(work, further, tasks, "refine", "proxies")
+            if said:
+                yield "leak", said
     with faults.collected():
         networks = trace_parents(work, parents)
         symmetry = networks.symmetry
@@ -175,7 +195,39 @@ def _parents(parents: LoadedParents) -> str:
     return f"{said}, {size} in, {' and '.join(map(str, outputs))} out"
 
 
-def _leak(work: Work, bound: Bound, tasks: EvaluationSet) -> str:
+def _counts(bound: Bound) -> str:
+    return ", ".join(f"{count} from {spec.model_dump()['kind']}" for spec, _, count in bound)
+
+
+def _contradictions(work: Work, parents: LoadedParents) -> Iterator[tuple[str, str]]:
+    """Whether parents of one head contradict each other, where an earlier run left the proxies in the cache."""
+    recipe = work.recipe.recipe
+    if recipe.labels != "shared":
+        return
+    proxies = find_proxies(
+        recipe.proxy,
+        list(parents.each),
+        work.seed,
+        work.store.root,
+        work.recipe.base,
+        device=str(work.device),
+    )
+    if proxies is None:
+        return
+    some = proxy_inputs(work, parents, proxies.prefix(min(LOOKED_AT, len(proxies))))
+    domains = look([parent.module for parent in parents.each], some, parents.names)
+    found = () if domains is None else domains.contradictions
+    work.progress.notes.extend(map(str, found))
+    yield "agreement", f"{some.count} cached proxies: {_counted(found)}"
+
+
+def _counted(found: Sequence[object]) -> str:
+    if not found:
+        return "no parent outvotes another on its own images"
+    return "parents contradict each other on each other's proxies"
+
+
+def _leak(work: Work, bound: Bound, tasks: EvaluationSet, *section: str) -> str:
     """Compare what image sources will give with the tasks; samples of sets that would take more than seconds.
 
     A sample finds a set that was given twice all but certainly, a few shared images perhaps not; a merge compares all.
@@ -188,7 +240,7 @@ def _leak(work: Work, bound: Bound, tasks: EvaluationSet) -> str:
             continue
         shards = range(-(-min(count, MOST_IMAGES) // SHARD))
         hashes = [digest for number in shards for digest in source.shard(number).facts["hashes"]]
-        refuse_leak(work, "the proxies", hashes, sampled, "proxy", "sources", index)
+        refuse_leak(work, "the proxies", hashes, sampled, *section, "sources", index)
         compared += min(count, len(hashes))
         partly |= len(hashes) < count
     if not compared:

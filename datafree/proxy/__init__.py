@@ -21,6 +21,7 @@ from datafree.proxy.build import (  # isort: skip
     build_proxies,
     check_proxies,
     common_input,
+    find_proxies,
 )
 from datafree.proxy.sheet import contact_sheet, export_folder  # isort: skip
 from datafree.proxy.source import SHARD, SOURCES, Request, Shard, Source, SourceSpec, register
@@ -45,5 +46,6 @@ __all__ = [
     "common_input",
     "contact_sheet",
     "export_folder",
+    "find_proxies",
     "register",
 ]

@@ -207,26 +207,53 @@ def build_proxies(
     Raises UsageError for what the user can mend, RunError when the cache cannot be written.
     """
     bound = check_proxies(spec, parents, seed, base, device)
-    size, channels = common_input(parents)
     total, ready = sum(-(-count // SHARD) for _, _, count in bound), 0
-    shards: list[tuple[ShardFile, ...]] = []
-    reports: list[SourceReport] = []
-    for source_spec, source, count in bound:
+    made: list[tuple[tuple[ShardFile, ...], SourceReport]] = []
+    for maker, (_, _, count) in zip(_makers(bound, parents, seed), bound, strict=True):
 
         def hear(done: int, before: int = ready) -> None:
             if progress is not None:
                 progress("proxy", before + done, total)
 
-        maker = _Maker(source_spec, source, derive_seed(seed, "proxy", kind_of(source_spec)), size, channels)
-        files, report = maker.fill(cache, count, hear)
-        ready += len(files)
-        shards.append(files)
-        reports.append(report)
+        made.append(maker.fill(cache, count, hear))
+        ready += len(made[-1][0])
+    return _together(spec, parents, made)
+
+
+def find_proxies(
+    spec: ProxySpec, parents: Sequence[Parent], seed: int, cache: Path, base: Path, device: str = "cpu"
+) -> ProxySet | None:
+    """What `build_proxies` would give, where all of it is in `cache`; None where an image would have to be made."""
+    bound = check_proxies(spec, parents, seed, base, device)
+    makers = _makers(bound, parents, seed)
+    found = [maker.found(cache, count) for maker, (_, _, count) in zip(makers, bound, strict=True)]
+    whole = [one for one in found if one is not None]
+    return _together(spec, parents, whole) if len(whole) == len(found) else None
+
+
+def _makers(
+    bound: Sequence[tuple[SourceSpec, Source, int]], parents: Sequence[Parent], seed: int
+) -> list[_Maker]:
+    size, channels = common_input(parents)
+    return [
+        _Maker(spec, source, derive_seed(seed, "proxy", kind_of(spec)), size, channels)
+        for spec, source, _ in bound
+    ]
+
+
+def _together(
+    spec: ProxySpec,
+    parents: Sequence[Parent],
+    made: Sequence[tuple[tuple[ShardFile, ...], SourceReport]],
+) -> ProxySet:
+    """The images of all sources in the order of the mixture."""
+    size, channels = common_input(parents)
     chosen = interleave([source.share for source in spec.sources], spec.count)
     within = np.zeros_like(chosen)
-    for number in range(len(bound)):
+    for number in range(len(made)):
         within[chosen == number] = np.arange(int((chosen == number).sum()))
-    return ProxySet(size, channels, np.stack([chosen, within], axis=1), tuple(shards), tuple(reports))
+    shards, reports = tuple(files for files, _ in made), tuple(report for _, report in made)
+    return ProxySet(size, channels, np.stack([chosen, within], axis=1), shards, reports)
 
 
 @dataclass(frozen=True)
@@ -252,6 +279,15 @@ class _Maker:
     def fill(
         self, cache: Path, count: int, hear: Callable[[int], None]
     ) -> tuple[tuple[ShardFile, ...], SourceReport]:
+        files, notes = self._folder(cache).fill(count, self, hear)
+        return tuple(files), self._report(cache, count, files, notes)
+
+    def found(self, cache: Path, count: int) -> tuple[tuple[ShardFile, ...], SourceReport] | None:
+        """The same where nothing has to be made; None otherwise."""
+        files = self._folder(cache).found(count)
+        return None if files is None else (tuple(files), self._report(cache, count, files, []))
+
+    def _folder(self, cache: Path) -> ShardFolder:
         key = {
             "schema": SCHEMA,
             "version": self.spec.version,
@@ -261,23 +297,25 @@ class _Maker:
             "channels": self.channels,
             "depends": dict(self.source.key()),
         }
-        folder = ShardFolder(cache, kind_of(self.spec), key)
-        files, notes = folder.fill(count, self, hear)
+        return ShardFolder(cache, kind_of(self.spec), key)
+
+    def _report(
+        self, cache: Path, count: int, files: Sequence[ShardFile], notes: Sequence[str]
+    ) -> SourceReport:
         said = (note for file in files for note in file.facts.get("notes", ()))
         facts = mean_facts([file.facts for file in files])
-        report = SourceReport(
+        return SourceReport(
             kind=kind_of(self.spec),
             count=count,
             seconds=sum(file.seconds for file in files),
             shards=len(files),
             made=len(self.made),
             fingerprint=fingerprint(files),
-            folder=str(folder.path),
+            folder=str(self._folder(cache).path),
             spec=self.spec.model_dump(mode="json"),
             facts=facts,
             notes=tuple(dict.fromkeys((*self.source.notes, *notes, *said, *self.spec.verdict(facts)))),
         )
-        return tuple(files), report
 
 
 def common_input(parents: Sequence[Parent]) -> tuple[tuple[int, int], int]:

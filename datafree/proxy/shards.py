@@ -71,6 +71,13 @@ class ShardFolder:
         self._root = root
         self.path = root / "proxy" / kind / self.key[:24]
         self._described = dict(key)
+
+    def found(self, count: int) -> list[ShardFile] | None:
+        """The shards that hold the first `count` images where all are there and whole; nothing is written."""
+        ready = [self._verified(index, []) for index in range(-(-count // SHARD))]
+        return None if None in ready else [file for file in ready if file is not None]
+
+    def _check_writable(self) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             probe = self.path / f".probe-{os.getpid()}"
@@ -91,8 +98,9 @@ class ShardFolder:
         """The shards that hold the first `count` images, the missing ones made now; a note per one replaced.
 
         progress: called after each with the number of shards that are ready
-        Raises RunError when the disk is full.
+        Raises UsageError where the folder cannot be written, RunError when the disk is full.
         """
+        self._check_writable()
         wanted = range(-(-count // SHARD))
         ready: dict[int, ShardFile] = {}
         notes: list[str] = []

@@ -39,6 +39,7 @@ class MergeSpec(Spec):
     matching: Literal["activation", "weight"] = "activation"
     allocation: Literal["error", "uniform", "zip", "early"] = "error"
     propagate: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = "auto"
+    targets: Literal["mean", "own", "auto"] = "auto"
     ridge: float = Field(default=1e-2, gt=0)
     head_ridge: float = Field(default=0.1, gt=0)
     holdout: float = Field(default=0.125, gt=0, le=0.5)
@@ -77,6 +78,7 @@ class MergeSpec(Spec):
             allocation=self.allocation,
             heads=labels,
             propagate=self.propagate,
+            targets=self.targets,
             ridge=self.ridge,
             head_ridge=self.head_ridge,
             holdout=self.holdout,
@@ -134,6 +136,8 @@ class RefineSpec(Spec):
     `pleas.refine.RefineSettings`. Give `steps`, or `minutes` per network.
 
     augment: shift: moved a little and mirrored; light: kornia's crops, mirrors and colours, as for proxies; none
+    proxies: further proxies, which only training sees: public photographs, say, beside images inverted for the merge. A
+        section like `proxy`; its seed differs, so inverted images are new ones
     fresh: new proxies while training, for recipes with a source of kind: inversion; they count as proxies of that kind
     curve: how often, evenly over the run, a network is kept for the report's curve of accuracy, 0: no curve. The test
         images are looked at when all networks are final
@@ -144,6 +148,7 @@ class RefineSpec(Spec):
     batch: int = Field(default=64, ge=1)
     rate: float = Field(default=1e-3, gt=0)
     warmup: float = Field(default=0.05, ge=0, lt=1)
+    targets: Literal["mean", "own", "auto"] = "auto"
     temperature: float = Field(default=1.0, gt=0)
     logit_weight: float = Field(default=1.0, ge=0)
     joint_weight: float = Field(default=0.0, ge=0)
@@ -156,6 +161,7 @@ class RefineSpec(Spec):
     holdout: float = Field(default=0.1, gt=0, le=0.5)
     patience: int | None = Field(default=None, ge=1)
     augment: Literal["shift", "light", "none"] = "shift"
+    proxies: ProxySpec | None = None
     fresh: FreshSpec | None = None
     curve: int = Field(default=5, ge=0, le=20)
 
@@ -163,6 +169,10 @@ class RefineSpec(Spec):
     def _steps_or_minutes(self) -> RefineSpec:
         if self.steps is not None and self.minutes is not None:
             raise ValueError("give `steps` or `minutes`, not both")
+        if self.proxies is not None and self.proxies.settle is not None:
+            raise ValueError(
+                "`settle` is about the second moments of the merge's own proxies: remove proxies.settle"
+            )
         return self
 
 
@@ -238,7 +248,3 @@ class Recipe(Spec):
         content = self.model_dump(mode="json", exclude={"folder", "license", "base_models"})
         content["parents"] = list(content["parents"].items())
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-# Pydantic's complaints in our words
-# ---------------------------------------------------------------------------------

@@ -13,7 +13,9 @@ from datafree.stages.inputs import (
     load_oracle,
     load_tasks,
     make_proxies,
+    make_refine_proxies,
     proxy_inputs,
+    refine_seed,
     refuse_leak,
 )
 from datafree.stages.judging import AllParents, Judge, evaluate_all
@@ -56,9 +58,11 @@ __all__ = [
     "load_tasks",
     "make_plans",
     "make_proxies",
+    "make_refine_proxies",
     "merge_real",
     "proxy_inputs",
     "refine_merged",
+    "refine_seed",
     "refuse_leak",
     "solve_plans",
     "trace_parents",

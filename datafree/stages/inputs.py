@@ -76,6 +76,30 @@ def make_proxies(work: Work, parents: LoadedParents, tasks: EvaluationSet) -> Pr
     return proxies
 
 
+def make_refine_proxies(work: Work, parents: LoadedParents, tasks: EvaluationSet) -> ProxySet | None:
+    """The further images that only refining sees; None where the recipe asks for none."""
+    recipe, refine = work.recipe, work.recipe.recipe.refine
+    if refine is None or refine.proxies is None:
+        return None
+    with work.progress.stage("proxies for refining"), recipe.at("refine", "proxies"):
+        proxies = build_proxies(
+            refine.proxies,
+            list(parents.each),
+            refine_seed(work),
+            work.store.root,
+            recipe.base,
+            progress=work.progress,
+            device=str(work.device),
+        )
+    refuse_leak(work, "the proxies for refining", proxies.hashes(), tasks, "refine", "proxies")
+    return proxies
+
+
+def refine_seed(work: Work) -> int:
+    """Of the further proxies: another than the merge's, whose images they would repeat."""
+    return derive_seed(work.seed, "refine", "proxies")
+
+
 def _settled(
     work: Work, parents: LoadedParents, build: Callable[[ProxySpec], ProxySet], tolerance: float
 ) -> ProxySpec:

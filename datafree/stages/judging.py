@@ -62,7 +62,8 @@ def evaluate_all(
     notes: what the reader must know of other methods, by name
     """
     with work.progress.stage("evaluation"):
-        judge, rows = Judge.with_parents(work, parents, tasks)
+        said = dict.fromkeys(text for one in merged for text in one.result.contradictions)
+        judge, rows = Judge.with_parents(work, parents, tasks, ". ".join(said))
         rows += [
             judge.row(one.chosen.kind, one, name=one.name, note=notes.get(one.name, "")) for one in compared
         ]
@@ -95,9 +96,12 @@ class Judge:
 
     @classmethod
     def with_parents(
-        cls, work: Work, parents: LoadedParents, tasks: EvaluationSet
+        cls, work: Work, parents: LoadedParents, tasks: EvaluationSet, note: str = ""
     ) -> tuple[Judge, list[Row]]:
-        """A judge that knows what the parents answer, and the parents' own rows."""
+        """A judge that knows what the parents answer, and the parents' own rows.
+
+        note: what the reader must know of the ensemble
+        """
         alone = cls(work, parents, tasks, {})
         labels = work.recipe.recipe.labels
         rows, scores = [], {}
@@ -112,7 +116,8 @@ class Judge:
         judge = replace(alone, parent_scores=scores)
         together, count = AllParents(parents, labels), len(parents.each)
         evaluation = judge.score(together, judge.columns, parents.input)
-        rows.append(Row("ensemble", "", count * cost, float(count), _parameters(together), evaluation))
+        size = _parameters(together)
+        rows.append(Row("ensemble", "", count * cost, float(count), size, evaluation, note=note))
         return judge, rows
 
     @property

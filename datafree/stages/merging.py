@@ -123,6 +123,8 @@ def _solved(
             "propagate": result.propagate,
             "held_out_error": result.held_out_error,
             "tried": [[t, error] for t, error in result.tried.items()],
+            "targets": result.targets,
+            "contradictions": list(result.contradictions),
         }
         return Stage({name: value.cpu() for name, value in result.module.state_dict().items()}, told)
 
@@ -144,6 +146,8 @@ def _solved(
         propagate=told["propagate"],
         held_out_error=told["held_out_error"],
         tried=dict(told["tried"]),
+        targets=told["targets"],
+        contradictions=tuple(told["contradictions"]),
     )
     return Merged(point, result)
 

@@ -61,18 +61,24 @@ def check_refining(work: Work, parents: LoadedParents, networks: pleas.Parents) 
 
 
 def refine_merged(
-    work: Work, parents: LoadedParents, evidence: pleas.Evidence, proxies: ProxySet, merged: Sequence[Merged]
+    work: Work,
+    parents: LoadedParents,
+    evidence: pleas.Evidence,
+    proxies: Sequence[ProxySet],
+    merged: Sequence[Merged],
 ) -> tuple[Merged, ...]:
     """The merged networks after refining; nothing where the recipe has no `refine`.
 
     A finished network is found in the store; an interrupted one goes on from its last check. One whose layers
     reproduce the parents' exactly, as everything kept apart does, has nothing to learn and stays as it is.
+
+    proxies: those of the merge, and further ones where the recipe has some
     """
     spec = work.recipe.recipe.refine
     if spec is None:
         return ()
     settings = _settings(work, spec)
-    images = torch.cat(list(proxies.batches(256)))
+    images = torch.cat([batch for part in proxies for batch in part.batches(256)])
     with work.progress.stage("refine"), work.recipe.at("refine"):
         return tuple(
             _left(work, one)
@@ -88,7 +94,7 @@ def _left(work: Work, one: Merged) -> Merged:
 
 
 def _settings(work: Work, spec: RefineSpec) -> RefineSettings:
-    chosen = spec.model_dump(exclude={"augment", "fresh", "curve"})
+    chosen = spec.model_dump(exclude={"augment", "proxies", "fresh", "curve"})
     rounds = 0 if spec.fresh is None else spec.fresh.rounds
     return RefineSettings(**chosen, renewals=rounds, seed=derive_seed(work.seed, "refine"))
 
@@ -121,7 +127,7 @@ def _refine_one(
     work: Work,
     parents: LoadedParents,
     evidence: pleas.Evidence,
-    proxies: ProxySet,
+    proxies: Sequence[ProxySet],
     images: Tensor,
     one: Merged,
     settings: RefineSettings,
@@ -131,7 +137,7 @@ def _refine_one(
     curve = spec.curve if work.recipe.recipe.evaluate else 0
     meaning = {
         "parents": parents.fingerprint,
-        "images": proxies.fingerprint,
+        "images": [part.fingerprint for part in proxies],
         "start": content_hash(one.result.module.state_dict()),
         "network": pleas.program_config(one.result.module),
         "settings": asdict(settings),
@@ -176,7 +182,7 @@ def _run(
     work: Work,
     parents: LoadedParents,
     evidence: pleas.Evidence,
-    proxies: ProxySet,
+    proxies: Sequence[ProxySet],
     images: Tensor,
     one: Merged,
     spec: RefineSpec,
@@ -201,13 +207,19 @@ def _run(
         augment=AUGMENT[spec.augment],
         renew=renew,
         features=features,
-        groups=proxies.source_names,
+        groups=_sources(proxies),
         snapshots=curve,
         device=work.device,
         state=None if kept is None else _joined(kept.value, kept.tensors),
         checkpoint=lambda state: work.keep("refining", meaning, *_parted(state)),
         progress=lambda text, done, total: work.progress(f"{one.point.label}: {text}", done, total),
     )
+
+
+def _sources(proxies: Sequence[ProxySet]) -> list[str]:
+    """The source of every image by name; those of further proxies by names of their own."""
+    first, *more = proxies
+    return [*first.source_names, *(f"further {name}" for part in more for name in part.source_names)]
 
 
 def _told(found: RefineResult) -> dict[str, Any]:

@@ -92,21 +92,49 @@ def _averaged_table(name: str, own: Sequence[Tensor], layouts: Layouts) -> Tenso
     return mean_of_owners(own, {dim: layout for dim, layout in found.items() if not layout.plain})
 
 
-def mean_of_owners(values: Sequence[Tensor], layouts: Mapping[int, Layout]) -> Tensor:
-    """One tensor of merged units from aligned parents' tensors of their own; layouts: of the dimensions that differ."""
+def mean_of_owners(
+    values: Sequence[Tensor], layouts: Mapping[int, Layout], shares: Sequence[Tensor] | None = None
+) -> Tensor:
+    """One tensor of merged units from aligned parents' tensors of their own; layouts: of the dimensions that differ.
+
+    shares: how much each parent counts, not negative, in a shape that broadcasts against its value; None: all alike.
+    Where the shares of all owners of a unit are nil, they count alike: a unit that one parent owns is its own
+    everywhere.
+    """
+    if shares is not None:
+        return _weighted(values, layouts, shares)
     if not layouts:
         return sum(values[1:], values[0]) / len(values)
     total, count = None, None
     for parent, value in enumerate(values):
-        held = torch.ones((), dtype=value.dtype, device=value.device)
-        for dim, layout in layouts.items():
-            shape = [-1 if other == dim else 1 for other in range(value.dim())]
-            held = held * (layout.masks >> parent & 1).to(value).view(shape)
-            # A parent that is no owner may have no such position: whatever stands there counts for nothing.
-            index = layout.sources[parent].clamp_max(value.shape[dim] - 1)
-            value = value.index_select(dim, index.to(value.device))
-        total = value * held if total is None else total + value * held
+        own, held = _held(parent, value, layouts)
+        total = own if total is None else total + own
         count = held if count is None else count + held
     assert total is not None
     assert count is not None
     return total / count.clamp_min(1)
+
+
+def _held(parent: int, value: Tensor, layouts: Mapping[int, Layout]) -> tuple[Tensor, Tensor]:
+    """A parent's value in merged units, 0 where it owns none, and where it does own them."""
+    held = torch.ones((), dtype=value.dtype, device=value.device)
+    for dim, layout in layouts.items():
+        shape = [-1 if other == dim else 1 for other in range(value.dim())]
+        held = held * (layout.masks >> parent & 1).to(value).view(shape)
+        # A parent that is no owner may have no such position: whatever stands there counts for nothing.
+        index = layout.sources[parent].clamp_max(value.shape[dim] - 1)
+        value = value.index_select(dim, index.to(value.device))
+    return value * held, held
+
+
+def _weighted(values: Sequence[Tensor], layouts: Mapping[int, Layout], shares: Sequence[Tensor]) -> Tensor:
+    found = [_held(parent, value, layouts) for parent, value in enumerate(values)]
+    counts = [held * share.to(own) for (own, held), share in zip(found, shares, strict=True)]
+    total = sum(counts[1:], counts[0])
+    alike = sum((held for _, held in found[1:]), found[0][1]).clamp_min(1)
+    result = torch.zeros_like(found[0][0])
+    for (own, held), count in zip(found, counts, strict=True):
+        result += own * torch.where(
+            total > 0, count / total.clamp_min(torch.finfo(own.dtype).tiny), held / alike
+        )
+    return result

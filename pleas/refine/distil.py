@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from pleas.errors import NonFinite
 from pleas.refine.settings import RefineSettings
+from pleas.statistics.domains import answer_and_distance, shares_of
 
 Normalise = Callable[[Tensor], Tensor]  # uint8 (N, C, H, W) -> a network's input
 Outputs = Literal["logits", "values"]
@@ -56,10 +57,17 @@ class Teacher:
 
 
 class Teachers:
-    """All parents as one teacher: their logits side by side, or for a shared head their mean."""
+    """All parents as one teacher: their logits side by side, or for a shared head their mean.
 
-    def __init__(self, teachers: Sequence[Teacher], normalise: Normalise, shared: bool) -> None:
+    typical: how far each parent's own images are from it (`pleas.statistics.domains`), for a mean in which the parent
+             counts most whose domain an image is of; None: all count alike
+    """
+
+    def __init__(
+        self, teachers: Sequence[Teacher], normalise: Normalise, shared: bool, typical: Tensor | None = None
+    ) -> None:
         self._teachers, self._normalise, self.shared = tuple(teachers), normalise, shared
+        self._typical = typical if shared else None
 
     @property
     def names(self) -> list[str]:
@@ -67,32 +75,49 @@ class Teachers:
 
     def __call__(self, images: Tensor) -> Tensor:
         """uint8 (N, C, H, W) -> float32 (N, K), or (N, sum of K_p) where heads are separate; see `answers`."""
-        return self.together(self.answers(images))
+        return self.together(*self.heard(images))
 
     def inputs(self, images: Tensor) -> list[Tensor]:
         """What each parent sees of uint8 images."""
         return [self._input(teacher, images) for teacher in self._teachers]
 
-    def together(self, outputs: Sequence[Tensor]) -> Tensor:
-        """One target of each parent's own outputs."""
-        return torch.stack(list(outputs)).mean(0) if self.shared else torch.cat(list(outputs), 1)
+    def together(self, outputs: Sequence[Tensor], shares: Tensor | None = None) -> Tensor:
+        """One target of each parent's own outputs; shares: how much each counts in every image, (N, parents)."""
+        if not self.shared:
+            return torch.cat(list(outputs), 1)
+        if shares is None:
+            return torch.stack(list(outputs)).mean(0)
+        return torch.einsum("pnk,np->nk", torch.stack(list(outputs)), shares.to(outputs[0]))
 
     def answers(self, images: Tensor) -> list[Tensor]:
         """Each parent's own outputs, float32 (N, K_p). Raises NonFinite, naming the parent."""
+        return self.heard(images)[0]
+
+    def heard(self, images: Tensor) -> tuple[list[Tensor], Tensor | None]:
+        """Each parent's own outputs, and how much each counts; None: all alike. Raises as `answers`."""
         with torch.no_grad():
-            return [self._answer(teacher, images) for teacher in self._teachers]
+            if self._typical is None:
+                return [self._answer(teacher, images) for teacher in self._teachers], None
+            found = [answer_and_distance(one.module, self._input(one, images)) for one in self._teachers]
+            answers = [_finite(one, x) for one, (x, _) in zip(self._teachers, found, strict=True)]
+            distances = torch.stack([distance for _, distance in found], 1)
+            return answers, shares_of(distances, self._typical.to(distances))
 
     def _input(self, teacher: Teacher, images: Tensor) -> Tensor:
         return (teacher.normalise or self._normalise)(images)
 
     def _answer(self, teacher: Teacher, images: Tensor) -> Tensor:
-        output = teacher.module(self._input(teacher, images)).float()
-        if not output.isfinite().all():
-            raise NonFinite(
-                f"parent {teacher.name} returns NaN or infinity on proxy images, so nothing can be learnt from it: "
-                "check its weights and preprocessing"
-            )
-        return output
+        return _finite(teacher, teacher.module(self._input(teacher, images)))
+
+
+def _finite(teacher: Teacher, output: Tensor) -> Tensor:
+    output = output.float()
+    if not output.isfinite().all():
+        raise NonFinite(
+            f"parent {teacher.name} returns NaN or infinity on proxy images, so nothing can be learnt from it: "
+            "check its weights and preprocessing"
+        )
+    return output
 
 
 def kind_of_outputs(answers: Mapping[str, Tensor]) -> tuple[Outputs, str | None]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import get_args
 
 from pleas.errors import InputError
+from pleas.settings import Targets
 
 STEPS = 1000  # of a run that names neither steps nor minutes
 
@@ -18,6 +20,8 @@ class RefineSettings:
     batch:        images per step
     rate:         highest learning rate (Adam): a linear rise over the share `warmup` of the run, then a
                   cosine to zero
+    targets:      what a shared head learns of an image: "mean", the mean of the parents' logits; "own", mostly those of
+                  the parent whose batch norms the image fits best; "auto", that only where they contradict each other
     temperature:  both sides' logits are divided by it before the softmax
     logit_weight: weight of the mean squared error of the logits, beside the cross-entropy
     joint_weight: weight of the cross-entropy over the labels of both heads together (separate heads only)
@@ -47,6 +51,7 @@ class RefineSettings:
     batch: int = 64
     rate: float = 1e-3
     warmup: float = 0.05
+    targets: Targets = "auto"
     temperature: float = 1.0
     logit_weight: float = 1.0
     joint_weight: float = 0.0
@@ -75,6 +80,8 @@ class RefineSettings:
             raise InputError(
                 f"minutes = {self.minutes:g}: must be above 0; to refine nothing, leave the stage out"
             )
+        if self.targets not in get_args(Targets):
+            raise InputError(f"targets = {self.targets!r}: must be one of {', '.join(get_args(Targets))}")
         for name, low in (("batch", 1), ("checks", 1), ("retries", 0), ("views", 0), ("renewals", 0)):
             if getattr(self, name) < low:
                 raise InputError(f"{name} = {getattr(self, name)}: must be at least {low}")

@@ -35,11 +35,12 @@ from pleas.refine.learner import Diverged, Learner, State, laid_out, schedule, w
 from pleas.refine.settings import RefineSettings
 from pleas.refine.verdict import MIN_HELD_OUT, Look, Verdict, compare, share_held_out
 from pleas.refine.views import Augment, Batches, shift_and_flip, split_off
+from pleas.statistics.domains import NO_DOMAINS, look
 
 Progress = Callable[[str, int, int], None]
 Renew = Callable[[nn.Module, int], Tensor]
 
-FORMAT = 4
+FORMAT = 5
 DIVERGED = 3.0  # a held-out loss this many times the start's and that of a network blind to its input
 WAYS = (0.75, 0.5, 0.25)  # of the line from the start to the end that are looked at, too
 _AT_ONCE = 256  # images judged in one forward pass
@@ -145,9 +146,9 @@ def refine(
     device = torch.device(device)
     _check_teachers(teachers)
     train, held, sources = _divided(images, settings, groups)
-    parents = Teachers(
-        [_frozen(teacher, device) for teacher in teachers], normalise, shared=heads == "shared"
-    )
+    frozen = [_frozen(teacher, device) for teacher in teachers]
+    typical, said = _whose(frozen, images, normalise, settings, heads == "shared", device)
+    parents = Teachers(frozen, normalise, shared=heads == "shared", typical=typical)
     judge = _Judge(held, sources, parents, normalise, settings, device)
     learner = Learner(module, settings, device)
     start = judge(learner.average)
@@ -177,7 +178,7 @@ def refine(
         steps=learner.step,
         seconds=run.seconds,
         held_out=len(held),
-        notes=(*judge.notes, *run.notes, run.verdict.why),
+        notes=(*judge.notes, *said, *run.notes, run.verdict.why),
         snapshots=tuple(
             Snapshot(taken["step"], taken["seconds"], with_weights(module, taken["weights"]))
             for taken in run.snapshots
@@ -225,6 +226,30 @@ def _frozen(teacher: Teacher, device: torch.device) -> Teacher:
     return replace(teacher, module=module)
 
 
+def _whose(
+    teachers: Sequence[Teacher],
+    images: Tensor,
+    normalise: Normalise,
+    settings: RefineSettings,
+    shared: bool,
+    device: torch.device,
+) -> tuple[Tensor | None, tuple[str, ...]]:
+    """How far each parent's own images are from it, where that decides what is learnt; and what is to be said of it."""
+    if not shared or settings.targets == "mean":
+        return None, ()
+    seen = (
+        [(one.normalise or normalise)(part.to(device)) for one in teachers] for part in images.split(_AT_ONCE)
+    )
+    domains = look([one.module for one in teachers], seen, [one.name for one in teachers])
+    if domains is None:
+        if settings.targets == "own":
+            raise InputError(NO_DOMAINS)
+        return None, ()
+    if settings.targets == "auto" and not domains.contradictions:
+        return None, ()
+    return domains.typical, tuple(map(str, domains.contradictions))
+
+
 def _check_state(state: State, identity: Mapping[str, Any]) -> None:
     if state.get("format") != FORMAT:
         raise InputError(
@@ -256,7 +281,9 @@ class _Judge:
     ) -> None:
         self._parts, self._normalise, self._device = held.split(_AT_ONCE), normalise, device
         self.sources = sources
-        parts = zip(*(parents.answers(part.to(device)) for part in self._parts), strict=True)
+        heard = [parents.heard(part.to(device)) for part in self._parts]
+        parts = zip(*(found for found, _ in heard), strict=True)
+        shares = [share.cpu() for _, share in heard if share is not None]
         answers = {name: torch.cat(part).cpu() for name, part in zip(parents.names, parts, strict=True)}
         sizes = {name: answer.shape[1] for name, answer in answers.items()}
         if parents.shared and len(set(sizes.values())) > 1:
@@ -267,7 +294,7 @@ class _Judge:
             )
         outputs, note = kind_of_outputs(answers)
         self.notes = [note] if note else []
-        self._target = parents.together(list(answers.values()))
+        self._target = parents.together(list(answers.values()), torch.cat(shares) if shares else None)
         spread = float(self._target.var(0).mean()) if outputs == "values" else 0.0
         heads = heads_of(sizes, parents.shared)
         self.objective = Objective(heads, outputs, settings, spread or 1.0)
@@ -327,7 +354,7 @@ class _Lesson:
         wanted: list[Tensor] = []
         if self.features is not None:  # too large to be remembered
             answers, wanted = self.features.targets(self.parents.inputs(images))
-            target = self.parents.together(answers)
+            target = self.parents.together(answers, self.parents.heard(images)[1])
         elif target is None:
             target = self.parents(images)
             if self.settings.views:

@@ -131,11 +131,13 @@ class _Walk:
         for chunk in self.chunks:
             self.starts.append(self.starts[-1] + len(chunk[0]))
         self.held = held_out(total, self.settings.holdout, self.settings.seed)
+        self.shares = evidence.shares
         lanes = parents.count + len(candidates)
         self.values: list[dict[fx.Node, list[Any]]] = [{} for _ in range(lanes)]
         self.exported = next(n.meta["val"].dtype for n in self.graph.nodes if n.op == "placeholder")
         self.back = {new: old for old, new in drawing.became.items()}
         self.nodes = {node.name: node for node in self.graph.nodes}
+        self.follows = follows_images(self.graph)
         self.first = {layer.nodes[0]: layer for layer in parents.layers}
         self.norms: dict[str, BatchNorm | LayerNorm] = {
             norm.node: norm
@@ -291,13 +293,25 @@ class _Walk:
                 scale, shift = (v.to(y).view(-1, *(1,) * (y.dim() - 2)) for v in layer.norm.affine(state))
                 y = y * scale + shift
             found.append(y)
-        return mean_of_owners(found, self.layouts.widened(node))
+        return self._mean_of(found, node, c)
 
     def _mean(self, node: fx.Node, c: int) -> Tensor:
         values = [self.values[p][node][c] for p in range(self.parents.count)]
         if all(x is values[0] for x in values) and not self.layouts.widened(node):
             return values[0]
-        return mean_of_owners(values, self.layouts.widened(node))
+        return self._mean_of(values, node, c)
+
+    def _mean_of(self, values: Sequence[Tensor], node: fx.Node, c: int) -> Tensor:
+        """The owners' mean of one value, by the shares that they have in every image."""
+        widened = self.layouts.widened(node)
+        if self.shares is None or node not in self.follows:
+            return mean_of_owners(values, widened)
+        several = isinstance(node.meta["val"], tuple | list)  # a norm, which gives its statistics, too
+        dim = batch_dim(node.args[0] if several else node)  # type: ignore[arg-type]
+        shape = [-1 if d == dim else 1 for d in range(values[0].dim())]
+        share = self.shares[self.starts[c] : self.starts[c + 1]]
+        share = share.repeat_interleave(max(1, values[0].shape[dim] // len(share)), 0).to(values[0])
+        return mean_of_owners(values, widened, [column.view(shape) for column in share.unbind(1)])
 
     def _corrected(self, target: Tensor, addend: _Addend, node: fx.Node, lane: int, c: int) -> Tensor:
         """The target plus what another branch lacks of the owners' mean."""
@@ -354,7 +368,7 @@ class _Walk:
         for c in range(len(self.chunks)):
             values = [self.values[p][node][c] for p in range(self.parents.count)]
             values = [x[0] if isinstance(x, tuple) else x for x in values]
-            target = mean_of_owners(values, self.layouts.widened(node))
+            target = self._mean_of(values, node, c)
             mean = self._mean(source, c) if any(one.propagate < 1 for one in self.solved) else None
             kept = self._kept(c, _first(target, source))
             for k, (one, sums) in enumerate(zip(self.solved, each, strict=True)):
@@ -400,8 +414,8 @@ class _Walk:
                 for node, xs, ys in parents_at(self.graph, self.states, self.chunks[c], owner):
                     layer, sums = owner[node.name], found[owner[node.name].name]
                     source: fx.Node = node.args[0]  # type: ignore[assignment]
-                    z = images_first(mean_of_owners(xs, self.layouts.widened(source)), source)
-                    t = images_first(mean_of_owners(ys, self.layouts.widened(node)), node)
+                    z = images_first(self._mean_of(xs, source, c), source)
+                    t = images_first(self._mean_of(ys, node, c), node)
                     kept = self._kept(c, len(z))
                     total = int(torch.Size(t.shape[2:] if layer.is_convolution else t.shape[1:-1]).numel())
                     places = self.sampler(
@@ -426,6 +440,18 @@ class _Walk:
         spread = (target - target.mean(0)).square().sum().clamp_min(torch.finfo(torch.float64).tiny)
         for one, parts in zip(self.solved, found, strict=True):
             one.held_out_error = float((torch.cat(parts) - target).square().sum() / spread)
+
+
+def follows_images(graph: fx.Graph) -> frozenset[fx.Node]:
+    """Values that hold something of every image, and not the same for all."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if node.op == "placeholder" or any(n in found for n in node.all_input_nodes):
+            first = value[0] if isinstance(value, tuple | list) else value
+            if isinstance(first, Tensor):
+                found.add(node)
+    return frozenset(found)
 
 
 def held_out(images: int, share: float, seed: int) -> Tensor:

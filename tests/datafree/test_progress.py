@@ -7,7 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from datafree.progress import LineProgress, StageProgress, TerminalProgress, progress_on
+from datafree.progress import BarProgress, LineProgress, StageProgress, TerminalProgress, bar_on, progress_on
 
 
 def test_timings_add_up_over_stages_of_one_name() -> None:
@@ -46,3 +46,18 @@ def test_a_terminal_gets_a_line_per_stage_too() -> None:
         progress.note("[brackets] are not markup")
     assert "statistics" in stream.getvalue()
     assert "[brackets] are not markup" in stream.getvalue()
+
+
+def test_one_run_of_many_leaves_no_line_behind() -> None:
+    stream = io.StringIO()
+    with (
+        BarProgress(Console(file=stream, force_terminal=True, width=80)) as progress,
+        progress.stage("statistics"),
+    ):
+        progress("second moments", 3, 10)
+        progress.note("one unit is dead")
+    assert progress.notes == ["one unit is dead"]
+    assert list(progress.timings) == ["statistics"]
+    assert "dead" not in stream.getvalue()
+    assert "✓" not in stream.getvalue()
+    assert type(bar_on(io.StringIO())) is StageProgress

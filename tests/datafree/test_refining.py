@@ -10,6 +10,7 @@ import torch
 
 import datafree
 from datafree.cache.store import CACHE_VARIABLE, Store
+from datafree.errors import UsageError
 from datafree.pipeline import run
 from datafree.recipe.file import load_recipe
 from datafree.recipe.schema import RefineSpec
@@ -42,6 +43,34 @@ def test_refined_networks_are_rows_and_artefacts_of_their_own(tiny: Tiny, tmp_pa
     x = torch.randn(3, 1, 8, 8)
     with torch.no_grad():
         assert torch.equal(loaded(x), expected(x))
+
+
+FURTHER = "refine.proxies={count: 40, sources: [{kind: noise, share: 0.3}, {kind: procedural, share: 0.7}]}"
+
+
+def test_further_proxies_are_seen_by_refining_alone(tiny: Tiny, tmp_path: Path) -> None:
+    plain = run(tiny.load(*REFINE), tmp_path / "plain")
+    more = run(tiny.load(*REFINE, FURTHER), tmp_path / "more")
+    record = json.loads((tmp_path / "more" / "run.json").read_text())
+    assert [source["count"] for source in record["proxies"]["sources"]] == [96]
+    assert [(source["kind"], source["count"]) for source in record["proxies"]["for_refining"]] == [
+        ("noise", 12),
+        ("procedural", 28),
+    ]
+    assert "procedural, for refining only" in (tmp_path / "more" / "report.html").read_text()
+    merged = [
+        [row.predicted for row in outcome.results.rows if row.kind == "merged"] for outcome in (plain, more)
+    ]
+    assert merged[0] == merged[1], "least squares sees the merge's own proxies"
+    starts = [
+        outcome.merged[0].refined["start"]["loss"] for outcome in (plain, more) if outcome.merged[0].refined
+    ]
+    assert starts[0] != starts[1], "the held-out images are from both"
+
+
+def test_proxies_for_refining_are_checked(tiny: Tiny) -> None:
+    with pytest.raises(UsageError, match=r"refine: `settle` is about the second moments"):
+        tiny.load(*REFINE, "refine.proxies={count: 8, settle: 0.1, sources: [{kind: noise}]}")
 
 
 def test_accuracy_against_refine_time_is_in_the_report(tiny: Tiny, tmp_path: Path) -> None:
@@ -122,7 +151,8 @@ def test_a_network_that_is_its_parents_already_is_left_as_it_is(tiny: Tiny, tmp_
 
 def test_a_recipe_and_the_library_have_the_same_defaults() -> None:
     assert (
-        RefineSettings(**RefineSpec().model_dump(exclude={"augment", "fresh", "curve"})) == RefineSettings()
+        RefineSettings(**RefineSpec().model_dump(exclude={"augment", "proxies", "fresh", "curve"}))
+        == RefineSettings()
     )
 
 

@@ -35,7 +35,9 @@ def test_a_line_that_was_cut_short_costs_its_own_cell_only(tmp_path: Path) -> No
         Book(tmp_path).add(entry(cell))
     text = (tmp_path / BOOK).read_text()
     (tmp_path / BOOK).write_text(text[:-20])
-    book = Book(tmp_path)
+    assert list(Book(tmp_path).entries) == ["a"]
+    assert (tmp_path / BOOK).read_text() == text[:-20]  # another process may be in the middle of the line
+    book = Book(tmp_path, mend=True)
     assert list(book.entries) == ["a"]
     assert book.notes == [f"{tmp_path / BOOK}:2: this line is damaged; its cell runs again"]
     book.add(entry("c"))

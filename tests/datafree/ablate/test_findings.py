@@ -7,6 +7,7 @@ import json
 import re
 import statistics
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -130,7 +131,7 @@ def test_methods_of_a_grid_without_axes_stand_against_each_other(tmp_path: Path)
     }
     found = find(grid, grid.cells, entries)
     assert headline(found, "", "average").rows == (
-        ("merged", "50.0 ± 1.0", "80.0 ± 0.0"),
+        ("merged", "50.0 ± 1.0", "80.0"),
         ("RegMean", "60.0 ± 1.0", "-"),
     )
     assert [cells[:2] for cells in ranks(found, "", "budget 1", "average").rows] == [
@@ -167,14 +168,23 @@ def test_tables_hold_what_there_is(tmp_path: Path) -> None:
     found = found_in(tmp_path)
     text = markdown_text(found)
     assert "| proxy.count 64, inverted | 70.0 ± 1.0 | 80.0 ± 1.0 |" in text
-    assert "| parent a | 95.0 ± 0.0 | 95.0 ± 0.0 | 95.0 ± 0.0 | 1.000 ± 0.000 |" in text
-    assert "| 64 | noise | permutation only |  | 3 | 30.0 ± 0.0 |" in text
+    assert "| parent a | 95.0 | 95.0 | 95.0 | 1.000 |" in text
+    assert "| 64 | noise | permutation only |  | 3 | 30.0 |" in text
     assert "one: Accuracy, average of the tasks, %" in summary(found)
 
 
 def test_the_page_is_one_file_and_every_plot_is_a_picture(tmp_path: Path) -> None:
     failed = Entry("f" * 64, "failed", {}, 0, 1.0, "code", error="the disk <is> full")
-    write_page(tmp_path, found_in(tmp_path), [failed], ["datafree", "ablate"])
+    found = found_in(tmp_path)
+    for number, entry in enumerate(found.entries.values()):
+        found = replace(
+            found,
+            entries={
+                **found.entries,
+                entry.cell: replace(entry, notes=["all", *(["one"] if not number else [])]),
+            },
+        )
+    write_page(tmp_path, found, [failed], ["datafree", "ablate"])
     names = {path.name for path in (tmp_path / "plots").iterdir()}
     assert names == {
         "one-average-over-proxy.count.svg",
@@ -187,4 +197,5 @@ def test_the_page_is_one_file_and_every_plot_is_a_picture(tmp_path: Path) -> Non
     page = (tmp_path / "report.html").read_text()
     assert page.count("<svg") == 3
     assert "the disk &lt;is&gt; full" in page
+    assert "<li>all</li>\n<li>one (1 of 18 cells)</li>" in page
     assert not re.findall(r"(?:src|href)=\"(?!#)|url\((?!#)|@import", page)

@@ -20,10 +20,11 @@ from pleas.errors import InputError, NonFinite
 from pleas.layers.layer import CONVOLUTION
 from pleas.network.module import BlockLayer
 from pleas.refine import Closeness, RefineResult, RefineSettings, Teacher, refine, shift_and_flip
-from pleas.refine.distil import Objective, heads_of
+from pleas.refine.distil import Objective, Teachers, heads_of
 from pleas.refine.learner import training_layout
 from pleas.refine.verdict import Look, compare, share_held_out
 from pleas.refine.views import Batches, blend, split_off
+from pleas.statistics.domains import look as whose
 from tests.cases import CASES, conv_bn, pooled_head, randomise
 
 SHORT = RefineSettings(steps=30, batch=16, rate=3e-3, checks=5, holdout=0.4)
@@ -313,7 +314,7 @@ def test_a_state_of_another_run_is_refused() -> None:
         InputError, match=r"belongs to another run \(rate was 0\.003 and is 0\.001; seed was 0 and is 1\)"
     ):
         run(settings=replace(SHORT, rate=1e-3, seed=1), state=states[0])
-    with pytest.raises(InputError, match=r"format 0, this version reads 4: refine afresh"):
+    with pytest.raises(InputError, match=r"format 0, this version reads 5: refine afresh"):
         run(state={**states[0], "format": 0})
 
 
@@ -641,7 +642,7 @@ def test_parents_answer_each_view_once() -> None:
             return self.inner(x)
 
     run(net(1), replace(SHORT, views=4), a=Counting(net(1)))
-    assert Counting.calls == 1 + 4  # the held-out images, and every view
+    assert Counting.calls == 1 + 1 + 4  # whose the images are, the held-out ones, and every view
 
 
 def test_shift_and_flip_by_loops() -> None:
@@ -737,3 +738,64 @@ def test_graphs_are_looked_into_for_that_and_blocks_see_to_it_themselves(
     monkeypatch.setattr(BlockLayer, "subsamples", False)
     for layer, x, detour in zip(layers, inputs, ours, strict=True):
         assert torch.allclose(detour, layer(x), atol=1e-5)
+
+
+# whose image it is ----------------------------------------------------------------------
+
+
+def tinted() -> Tensor:
+    """Images of two domains, in turn: dark and bright."""
+    images = proxies().float()
+    images[::2] *= 0.2
+    images[1::2] = 255 - 0.2 * images[1::2]
+    return images.to(torch.uint8)
+
+
+def expert(seed: int, images: Tensor) -> nn.Module:
+    """A network whose batch norms remember these images, and whose logits grow with the distance from them."""
+    module = net(seed)
+    for norm in (m for m in module.modules() if isinstance(m, nn.BatchNorm2d)):
+        norm.reset_running_stats()
+        norm.momentum = None
+        norm.train()
+    with torch.no_grad():
+        module(normalise(images))
+    return module.eval()
+
+
+def test_the_target_is_that_of_the_parent_whose_image_it_is() -> None:
+    images = tinted()
+    a, b = expert(1, images[::2]), expert(2, images[1::2])
+    teachers = [Teacher("a", a), Teacher("b", b)]
+    domains = whose([a, b], [(normalise(images),) * 2], ["a", "b"])
+    assert domains is not None
+    own = Teachers(teachers, normalise, True, domains.typical)
+    answers, shares = own.heard(images)
+    assert shares is not None
+    assert torch.equal(shares.argmax(1), torch.arange(len(images)) % 2)
+    assert float(shares.amax(1).min()) > 0.9
+    for i in (0, 1, 7):
+        expected = shares[i, 0] * answers[0][i] + shares[i, 1] * answers[1][i]
+        torch.testing.assert_close(own(images)[i], expected)
+    plain = Teachers(teachers, normalise, True)
+    assert torch.equal(plain(images), torch.stack(answers).mean(0))
+    separate = Teachers(teachers, normalise, False, domains.typical)
+    assert torch.equal(separate(images), torch.cat(answers, 1))
+
+
+def test_refining_towards_the_owners_answers_comes_closer_to_them() -> None:
+    images = tinted()
+    a, b = expert(1, images[::2]), expert(2, images[1::2])
+    result = run(net(3), replace(SHORT, steps=60, targets="own"), a, b, images=images)
+    mean = run(net(3), replace(SHORT, steps=60, targets="mean"), a, b, images=images)
+    assert result.refined.loss < 0.9 * result.start.loss
+    assert result.start.loss != mean.start.loss
+
+
+def test_own_targets_need_batch_norms() -> None:
+    bare = nn.Sequential(nn.Conv2d(3, 4, 3), pooled_head(4, 4)).eval().requires_grad_(False)
+    with pytest.raises(InputError) as caught:
+        run(bare, replace(SHORT, targets="own"), bare, copy.deepcopy(bare))
+    assert str(caught.value) == (
+        'targets = "own" reads from batch norms whose image a proxy is, and a parent has none: set it to "mean"'
+    )
