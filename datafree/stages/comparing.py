@@ -26,6 +26,7 @@ MOST_NAMES = 3  # in a note on the table
 BASELINES = ("average", "permutation")
 REESTIMATED = {
     "proxies": "re-estimated on the proxies",
+    "rescale": "re-estimated and the units of other layers rescaled on the proxies",
     "closed": "re-estimated in closed form from the proxies' statistics",
 }
 
