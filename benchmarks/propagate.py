@@ -30,7 +30,8 @@ from datafree.cache.store import cache_folder
 from datafree.errors import DatafreeError, UsageError
 from datafree.proxy import ProxySpec, build_proxies
 from datafree.seeds import derive_seed
-from datafree.stages import choose_device, has_batch_norm
+from datafree.stages import choose_device
+from pleas.baselines import has_batch_norm
 from pleas.errors import PleasError
 
 IMAGES = ("inverted", "real", "public")
