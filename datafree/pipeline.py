@@ -21,6 +21,7 @@ from datafree.environment import machine, versions
 from datafree.evaluation.results import Results, Row
 from datafree.folders import check_output, new_folder
 from datafree.images.image_set import ImageSet
+from datafree.models.parent import Parent
 from datafree.progress import StageProgress
 from datafree.proxy import ProxySet
 from datafree.recipe.file import RecipeFile
@@ -212,7 +213,8 @@ def _record(
             "for_refining": [] if more is None else _sources(more),
         },
         "oracle": None if real is None else len(real),
-        "parents": _describe(parents),
+        "parents": _describe(parents.each),
+        "base": None if parents.base is None else _describe([parents.base])[parents.base.name],
         "versions": versions(),
         "machine": machine(),
     }
@@ -231,7 +233,7 @@ def _sources(proxies: ProxySet) -> list[dict[str, Any]]:
     ]
 
 
-def _describe(parents: LoadedParents) -> dict[str, Any]:
+def _describe(parents: Sequence[Parent]) -> dict[str, Any]:
     return {
         parent.name: {
             "reference": parent.reference,
@@ -241,7 +243,7 @@ def _describe(parents: LoadedParents) -> dict[str, Any]:
             "fingerprint": parent.fingerprint,
             "preprocess": parent.preprocess.to_dict(),
         }
-        for parent in parents.each
+        for parent in parents
     }
 
 
@@ -308,6 +310,6 @@ def _description(recipe: RecipeFile, parents: LoadedParents, one: Merged) -> Des
         details={
             "labels": spec.labels,
             "point": {"kind": one.point.kind, "value": one.point.value},
-            "parents": _describe(parents),
+            "parents": _describe(parents.each),
         },
     )

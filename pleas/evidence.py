@@ -9,7 +9,7 @@ from functools import cached_property
 from torch import Tensor
 
 from pleas.errors import InputError
-from pleas.matching.match import match
+from pleas.matching.match import match, units_moved
 from pleas.parents import Parents
 from pleas.plan.fusing import FusingCosts, Split, fusing_costs
 from pleas.statistics.collect import Batch, Progress, Statistics, collect, for_each
@@ -41,6 +41,11 @@ class Evidence:
             permute_state(symmetry, state, alignment)
             for state, alignment in zip(self.parents.states, self.alignments, strict=True)
         )
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is to be said of the matching, one sentence each."""
+        return units_moved(self.parents, self.alignments)
 
     @cached_property
     def domains(self) -> Domains | None:

@@ -28,6 +28,7 @@ def merge(
     apart: float | None = None,
     settings: MergeSettings = DEFAULTS,
     example: Tensor | None = None,
+    base: nn.Module | None = None,
     progress: Progress | None = None,
 ) -> MergeResult: ...
 @overload
@@ -41,6 +42,7 @@ def merge(
     apart: float | None = None,
     settings: MergeSettings = DEFAULTS,
     example: Tensor | None = None,
+    base: nn.Module | None = None,
     progress: Progress | None = None,
 ) -> MergeResult: ...
 def merge(
@@ -49,6 +51,7 @@ def merge(
     apart: float | None = None,
     settings: MergeSettings = DEFAULTS,
     example: Tensor | None = None,
+    base: nn.Module | None = None,
     progress: Progress | None = None,
 ) -> MergeResult:
     """Merge networks of one architecture on proxy inputs: `merge([a, b, c], inputs)` or `merge(a, b, inputs)`.
@@ -60,6 +63,7 @@ def merge(
              where they normalise differently
     budget:  multiply-adds of the result relative to one parent, from 1.0 to the number of parents; or
     apart:   fraction of the units of every class kept apart, 0 to 1
+    base:    the network that all of them were fine-tuned from: units then stay in place unless moving clearly helps
     For several budgets call the stages (`Parents.of`, `gather`, `make_plan`, `assemble`): one pass of statistics
     serves them all. Raises InputError and its subclasses for what the caller can mend, MergeFailed otherwise.
     """
@@ -74,7 +78,7 @@ def merge(
         if first is None:
             raise InputError("no proxy images: inputs is empty. Give at least one batch (N, C, H, W)")
         example = (first if isinstance(first, Tensor) else first[0])[:2]
-    parents = Parents.of(modules, example, settings)
+    parents = Parents.of(modules, example, settings, base=base)
     evidence = gather(parents, inputs, progress=progress)
     return assemble(evidence, make_plan(evidence, budget=budget, apart=apart), progress=progress)
 

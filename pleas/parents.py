@@ -10,13 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from pleas.errors import ArchitectureMismatch, InputError, NonFinite
-from pleas.guards import check_forwards, ensemble_obstacles, parent_names, unmatched_classes
+from pleas.guards import (
+    check_forwards,
+    check_same_function,
+    ensemble_obstacles,
+    parent_names,
+    unmatched_classes,
+)
 from pleas.layers.layer import Layer, find_layers
 from pleas.settings import MergeSettings
-from pleas.symmetry import Symmetry, coupled, state_of, trace
+from pleas.symmetry import Program, Symmetry, coupled, state_of, trace
 from pleas.symmetry.copies import evaluation_copy, plain
 
 DEFAULTS = MergeSettings()
+BASE = "base"  # what messages call it
 MOST = 16  # parents: owners are bits of a mask, and moments grow with the square
 
 
@@ -29,6 +36,8 @@ class Parents:
              folded into the weights
     notes:   what is to be said of them, one sentence each
     example: a batch of images (N, C, H, W) as the networks take them: its values do not matter
+    base:    the network that all of them were fine-tuned from, a copy as well, where there is one: units then stay
+             where they are unless another place is clearly better, and methods of task vectors can be run
     """
 
     names: tuple[str, ...]
@@ -37,6 +46,7 @@ class Parents:
     example: Tensor = field(repr=False)
     settings: MergeSettings = DEFAULTS
     notes: tuple[str, ...] = ()
+    base: nn.Module | None = None
 
     @classmethod
     def of(
@@ -47,21 +57,29 @@ class Parents:
         *,
         names: Sequence[str] | None = None,
         symmetry: Symmetry | None = None,
+        base: nn.Module | None = None,
     ) -> Parents:
         """Check that `modules` are one architecture with finite weights that computes one function, and trace it.
 
         names:    for messages; a, b, c ... by default
         symmetry: what `trace` gave for the first, where the caller has it
+        base:     the network they were all fine-tuned from; its head may have another number of outputs
         Raises InputError, ArchitectureMismatch, NonFinite, UnsupportedModel.
         """
         names = tuple(names) if names is not None else parent_names(len(modules))
         folded = [plain(module) for module in modules]
-        check_parents(folded, settings, names=names)
+        origin = None if base is None else plain(base)
+        check_parents(folded, settings, names=names, base=origin)
         frozen = tuple(evaluation_copy(module, share=False).requires_grad_(False) for module in folded)
         symmetry = symmetry or trace(frozen[0], example)
         notes = check_forwards(symmetry.program, frozen, example, names)
+        if origin is not None:
+            origin = evaluation_copy(origin, share=False).requires_grad_(False)
+            called = (names[0], BASE if BASE not in names else f"{BASE} of all")
+            notes += check_same_function(symmetry.program, (frozen[0], origin), example, called)
+            notes += _other_head(symmetry.program, frozen[0], origin)
         notes = (*notes, *_not_matched(symmetry, settings), *ensemble_obstacles(symmetry))
-        return cls(names, frozen, symmetry, example, settings, notes)
+        return cls(names, frozen, symmetry, example, settings, notes, origin)
 
     @property
     def count(self) -> int:
@@ -76,6 +94,11 @@ class Parents:
     def states(self) -> tuple[dict[str, Tensor], ...]:
         """Every parent's tensors under the names of the graph, in its own unit order."""
         return tuple(state_of(self.symmetry.program, module) for module in self.modules)
+
+    @cached_property
+    def base_state(self) -> dict[str, Tensor] | None:
+        """The base's tensors under the names of the graph; None where there is no base."""
+        return None if self.base is None else state_of(self.symmetry.program, self.base)
 
     def outputs(self, parent: int) -> int:
         """Outputs of one parent, on an output class."""
@@ -100,9 +123,10 @@ def check_parents(
     settings: MergeSettings = DEFAULTS,
     *,
     names: Sequence[str] | None = None,
+    base: nn.Module | None = None,
 ) -> None:
     """Raise unless the parents are one architecture with finite weights; with separate heads their last tensors may
-    differ in the number of outputs. Says which pair and which tensors differ."""
+    differ in the number of outputs, and those of their base always. Says which pair and which tensors differ."""
     names = tuple(names) if names is not None else parent_names(len(modules))
     if not 2 <= len(modules) <= MOST:
         raise InputError(
@@ -115,36 +139,66 @@ def check_parents(
     states = [module.state_dict() for module in modules]
     for name, state in zip(names[1:], states[1:], strict=True):
         _check_pair(names[0], states[0], name, state, settings.heads == "separate")
-    for name, state in zip(names, states, strict=True):
+    called = [f"parent {name}" for name in names]
+    if base is not None:
+        origin = base.state_dict()
+        lines = _unlike(names[0], states[0], "the base", origin, True)
+        if lines:
+            raise ArchitectureMismatch(
+                f"the base is no network that parent {names[0]} was fine-tuned from; tensors that differ:\n  "
+                + "\n  ".join(lines)
+                + "\nGive the checkpoint that all parents started from, in their own model definition."
+            )
+        states, called = [*states, origin], [*called, "the base"]
+    for name, state in zip(called, states, strict=True):
         for key, value in state.items():
             if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-                raise NonFinite(
-                    f"parent {name}: weights '{key}' hold NaN or infinity; the checkpoint is damaged"
-                )
+                raise NonFinite(f"{name}: weights '{key}' hold NaN or infinity; the checkpoint is damaged")
 
 
 def _check_pair(
     first: str, own: dict[str, Tensor], second: str, other: dict[str, Tensor], separate: bool
 ) -> None:
-    only = [sorted(set(x) - set(y)) for x, y in ((own, other), (other, own))]
-    only = [[key for key in keys if not key.endswith("num_batches_tracked")] for keys in only]
-    unlike = [key for key, value in own.items() if key in other and value.shape != other[key].shape]
-    heads = len(unlike) <= 2 and all(own[key].shape[1:] == other[key].shape[1:] for key in unlike)
-    if not any(only) and (not unlike or (separate and heads)):
+    lines = _unlike(first, own, second, other, separate)
+    if not lines:
         return
-    lines = [f"only in {first}: {', '.join(only[0][:5])}"] * bool(only[0])
-    lines += [f"only in {second}: {', '.join(only[1][:5])}"] * bool(only[1])
-    lines += [
-        f"{key}: {tuple(own[key].shape)} in {first}, {tuple(other[key].shape)} in {second}"
-        for key in unlike[:8]
-    ]
     hint = (
         " If only the head differs, ask for separate heads (labels: separate in a recipe)."
-        if unlike and not any(only)
+        if not any(line.startswith("only in ") for line in lines)
         else ""
     )
     raise ArchitectureMismatch(
         f"parents {first} and {second} are not one architecture; tensors that differ:\n  "
         + "\n  ".join(lines)
         + f"\nMerge checkpoints of the same model definition.{hint}"
+    )
+
+
+def _unlike(
+    first: str, own: dict[str, Tensor], second: str, other: dict[str, Tensor], heads_may_differ: bool
+) -> list[str]:
+    """What keeps two networks from being one architecture, a line each; nothing where they are."""
+    only = [sorted(set(x) - set(y)) for x, y in ((own, other), (other, own))]
+    only = [[key for key in keys if not key.endswith("num_batches_tracked")] for keys in only]
+    unlike = [key for key, value in own.items() if key in other and value.shape != other[key].shape]
+    heads = len(unlike) <= 2 and all(own[key].shape[1:] == other[key].shape[1:] for key in unlike)
+    if not any(only) and (not unlike or (heads_may_differ and heads)):
+        return []
+    lines = [f"only in {first}: {', '.join(only[0][:5])}"] * bool(only[0])
+    lines += [f"only in {second}: {', '.join(only[1][:5])}"] * bool(only[1])
+    return lines + [
+        f"{key}: {tuple(own[key].shape)} in {first}, {tuple(other[key].shape)} in {second}"
+        for key in unlike[:8]
+    ]
+
+
+def _other_head(program: Program, parent: nn.Module, base: nn.Module) -> tuple[str, ...]:
+    """What is to be said of a base whose head is another."""
+    own, other = state_of(program, parent), state_of(program, base)
+    unlike = [name for name, value in own.items() if value.shape != other[name].shape]
+    if not unlike:
+        return ()
+    return (
+        f"the base has another head than the parents ({', '.join(unlike)}): these tensors have no task vectors, and "
+        "methods that need them take the parents' mean there",
     )

@@ -48,6 +48,7 @@ class Group:
     load_parents: parent's name -> a function from that name to the parent
     load_real:    images of the parents' own training domains, every domain as often: for comparison only
     load_public:  photographs that anybody has, none of which is evaluated: allowed as proxies
+    load_base:    the network that all parents were fine-tuned from, where there is one; its head may be another
     """
 
     name: str
@@ -56,6 +57,7 @@ class Group:
     load_tasks: tuple[Callable[[], Task], ...]
     load_real: Callable[[], np.ndarray]
     load_public: Callable[[], np.ndarray]
+    load_base: Callable[[str], Parent] | None = None
 
     @cached_property
     def parents(self) -> tuple[Parent, ...]:
@@ -63,6 +65,11 @@ class Group:
         parents = tuple(load(name) for name, load in self.load_parents.items())
         assert all(parent.preprocess == parents[0].preprocess for parent in parents)
         return parents
+
+    @cached_property
+    def base(self) -> nn.Module | None:
+        """As `pleas.Parents.of(..., base=)` takes it."""
+        return None if self.load_base is None else self.load_base("base").module
 
     @property
     def modules(self) -> list[nn.Module]:

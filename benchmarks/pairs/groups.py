@@ -74,7 +74,7 @@ def pacs(name: str, *domains: str, base: Expert | None = None) -> Group:
     parents = {domain: pacs_expert(domain, base) for domain in domains}
     tasks = tuple(npz_task(domain, "pacs64", 64, domain, prefix=f"{domain}_") for domain in domains)
     real = training_images(domains, 64, file="pacs64")
-    return Group(name, "shared", parents, tasks, real, public_photographs(64))
+    return Group(name, "shared", parents, tasks, real, public_photographs(64), base)
 
 
 def pacs_expert(domain: str, base: Expert | None) -> Expert:

@@ -106,6 +106,8 @@ def checks(work: Work, faults: Faults) -> Iterator[tuple[str, str]]:
     if parents is not None:
         work.progress.notes.extend(parents.notes)
         yield "parents", _parents(parents)
+        if parents.base is not None:
+            yield "base", f"{parents.base.reference}, the parents' own architecture"
     known = len(faults.messages)
     tasks = _load_tasks(work, parents, faults)
     if len(faults.messages) == known:

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Self, get_args
 
 import pydantic
 import torch
@@ -28,11 +28,14 @@ from datafree.seeds import derive_seed
 from datafree.spec import Spec, resolve_path
 
 __all__ = [
+    "BaseSpec",
+    "NetworkSpec",
     "Parent",
     "ParentSpec",
     "Preprocess",
     "PreprocessSpec",
     "build_model",
+    "load_base",
     "load_parent",
     "load_weights",
 ]
@@ -43,8 +46,8 @@ DIGITS = "digits:"  # weights: digits:NAME, an expert of the quickstart
 BUILDER = "builder"  # weights: builder, the python: callable returns a trained model
 
 
-class ParentSpec(Spec):
-    """One parent in a recipe.
+class NetworkSpec(Spec):
+    """A network in a recipe, and where its weights come from.
 
     model:      a model reference; `arguments` go to whatever it names
     weights:    a checkpoint file; "builder" where a python: callable returns a trained model; "digits:NAME"
@@ -52,8 +55,6 @@ class ParentSpec(Spec):
     weights_key: which state dict, where the file holds several: model_ema, or ema.state_dict for one inside another
     random_weights, pretrained: the two other ways to have weights, both said openly; `pretrained` may fetch
                 files and needs `allow_download: true` beside it
-    preprocess: whatever the model's own configuration does not say, or says differently
-    classes:    label names, in the order of the outputs
     """
 
     model: str
@@ -63,11 +64,9 @@ class ParentSpec(Spec):
     random_weights: bool = False
     pretrained: bool = False
     allow_download: bool = False
-    preprocess: PreprocessSpec = PreprocessSpec()
-    classes: tuple[str, ...] | None = None
 
     @pydantic.model_validator(mode="after")
-    def _one_source_of_weights(self) -> ParentSpec:
+    def _one_source_of_weights(self) -> Self:
         given = [key for key in ("weights", "random_weights", "pretrained") if getattr(self, key)]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} are given together: give exactly one source of weights")
@@ -83,6 +82,26 @@ class ParentSpec(Spec):
                 "allow_download: true has no effect without pretrained: true; remove it or say both"
             )
         return self
+
+
+class ParentSpec(NetworkSpec):
+    """One parent in a recipe: a network, and besides
+
+    preprocess: whatever the model's own configuration does not say, or says differently
+    classes:    label names, in the order of the outputs
+    """
+
+    preprocess: PreprocessSpec = PreprocessSpec()
+    classes: tuple[str, ...] | None = None
+
+
+class BaseSpec(NetworkSpec):
+    """The network that all parents were fine-tuned from, in their own architecture.
+
+    It is no parent: the merged network does not answer for it. Units then stay in place unless moving clearly helps,
+    and the methods of task vectors can be compared. Its head may have another number of outputs than the parents'
+    (say so in `arguments`); it sees images as the first parent does.
+    """
 
 
 @dataclass(frozen=True)
@@ -121,6 +140,23 @@ def load_parent(
         return _load(spec, name, base, probe, progress)
     except UsageError as error:
         raise UsageError(f"parent {name}: {error}", *error.key) from error
+
+
+def load_base(
+    spec: BaseSpec, like: Parent, base: Path, *, probe: bool = False, progress: Progress | None = None
+) -> Parent:
+    """Build the common base of parents such as `like`, which says how its input is prepared.
+
+    Raises UsageError for anything its section got wrong.
+    """
+    seen = like.preprocess
+    preprocess = PreprocessSpec(
+        size=seen.size, mean=seen.mean, std=seen.std, interpolation=seen.interpolation
+    )
+    try:
+        return _load(ParentSpec(**spec.model_dump(), preprocess=preprocess), "base", base, probe, progress)
+    except UsageError as error:
+        raise UsageError(f"the base: {error}", *error.key) from error
 
 
 def _load(spec: ParentSpec, name: str, base: Path, probe: bool, progress: Progress | None) -> Parent:

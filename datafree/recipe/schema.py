@@ -16,7 +16,7 @@ from pydantic import Field, field_validator, model_validator
 import pleas
 from datafree.evaluation.evaluate import BOTH, TaskSpec
 from datafree.images.image_set import ImageSpec
-from datafree.models.parent import ParentSpec
+from datafree.models.parent import BaseSpec, ParentSpec
 from datafree.proxy import ProxySpec
 from datafree.proxy.kinds.inversion import InversionSpec
 from datafree.recipe.comparing import DEFAULT, Compare
@@ -180,6 +180,8 @@ class Recipe(Spec):
     """One merge: parents, labels, proxies, settings and how the result is judged.
 
     parents: two or more of one architecture, by names of your choice
+    base: the network all of them were fine-tuned from, if there is one: {model: ..., weights: ...}, without being a
+        parent
     labels: "shared" (all parents predict the same classes: one head) or "separate" (one head per parent)
     folder: where relative paths start; the recipe's own folder when absent
     compare: other methods that make one network of the same parents, for the table: `all`, or a list of names and of
@@ -191,6 +193,7 @@ class Recipe(Spec):
     seed: int = Field(default=0, ge=0)
     folder: str | None = None
     parents: dict[str, ParentSpec]
+    base: BaseSpec | None = None
     labels: Literal["shared", "separate"] = "shared"
     proxy: ProxySection
     merge: MergeSpec

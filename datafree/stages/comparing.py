@@ -86,7 +86,7 @@ def choose_methods(work: Work, networks: pleas.Parents) -> tuple[Chosen, ...]:
     recipe, found, wrong = work.recipe, dict[Any, Chosen](), []
     for entry, spec in enumerate(recipe.recipe.compare):
         for one in _candidates(spec, entry):
-            why = one.comparator.obstacle(networks)
+            why = one.comparator.obstacle(networks, base=networks.base is not None)
             if spec.method != ALL and why is not None:
                 wrong.append(str(recipe.error(f"{one.name} cannot run: {why}", "compare", entry)))
             elif why is not None:
@@ -142,11 +142,12 @@ def _made(work: Work, parents: LoadedParents, evidence: pleas.Evidence, one: Cho
         "method": one.method,
         "keys": asdict(one.comparator),
         "method seed": seed,
+        "base": None if parents.base is None else parents.base.fingerprint,
     }
 
     def make() -> Stage:
         started = time.perf_counter()
-        given = one.comparator(Case(evidence, inputs, seed=seed))
+        given = one.comparator(Case(evidence, inputs, networks.base_state, seed))
         module = given if isinstance(given, nn.Module) else _with_state(networks, given)
         told = {"network": pleas.program_config(module), "seconds": time.perf_counter() - started}
         return Stage({name: value.cpu() for name, value in module.state_dict().items()}, told)

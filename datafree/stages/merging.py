@@ -55,7 +55,10 @@ def gather_evidence(
     with work.progress.stage("statistics"), work.recipe.at("parents"):
         found = work.finished("statistics", meaning, make)
     with work.progress.stage("matching"):
-        return pleas.gather(networks, inputs, statistics=pleas.Statistics.from_tensors(found.tensors))
+        evidence = pleas.gather(networks, inputs, statistics=pleas.Statistics.from_tensors(found.tensors))
+    for note in evidence.notes:
+        work.progress.note(note)
+    return evidence
 
 
 def meaning_of_inputs(work: Work, parents: LoadedParents, inputs: Inputs) -> dict[str, Any]:
@@ -107,6 +110,7 @@ def _solved(
         **meaning_of_inputs(work, parents, inputs),
         "settings": asdict(work.settings),
         "plan": {str(c): [p.masks.tolist(), p.sources.tolist()] for c, p in plan.classes.items()},
+        "base": parents.base is not None,  # of it only that there is one: units are matched from their places
     }
     kept: list[pleas.MergeResult] = []
 

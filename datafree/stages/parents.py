@@ -13,18 +13,23 @@ import pleas
 from datafree.errors import UsageError
 from datafree.evaluation.evaluate import Columns, merged_columns
 from datafree.images.preprocess import Preprocess
-from datafree.models.parent import Parent, load_parent
+from datafree.models.parent import Parent, load_base, load_parent
 from datafree.recipe.file import RecipeFile
 from datafree.stages.work import Work
 
 
 @dataclass(frozen=True)
 class LoadedParents:
-    """Every parent of a recipe, in its order. input: how images become the merged network's input."""
+    """Every parent of a recipe, in its order.
+
+    input: how images become the merged network's input
+    base:  what the parents were fine-tuned from, where the recipe says so; it is none of them
+    """
 
     each: tuple[Parent, ...]
     input: Preprocess
     notes: tuple[str, ...]
+    base: Parent | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -79,16 +84,19 @@ def load_parents(work: Work, *, probe: bool = False) -> LoadedParents:
                 wrong.append(str(error))
         if wrong:
             raise UsageError("\n".join(wrong))
+        modules, names = [parent.module for parent in parents], [parent.name for parent in parents]
         with recipe.at("parents"):
-            pleas.check_parents(
-                [parent.module for parent in parents],
-                work.settings,
-                names=[parent.name for parent in parents],
-            )
+            pleas.check_parents(modules, work.settings, names=names)
             merged_input, notes = _merged_input(parents)
         _check_labels(recipe, parents)
-    said = [f"parent {parent.name}: {note}" for parent in parents for note in parent.notes]
-    return LoadedParents(tuple(parents), merged_input, (*said, *notes))
+        said = [f"parent {parent.name}: {note}" for parent in parents for note in parent.notes]
+        base, spec = None, recipe.recipe.base
+        if spec is not None:
+            with recipe.at("base"):
+                base = load_base(spec, parents[0], recipe.base, probe=probe, progress=work.progress)
+                pleas.check_parents(modules, work.settings, names=names, base=base.module)
+            said += [f"the base: {note}" for note in base.notes]
+    return LoadedParents(tuple(parents), merged_input, (*said, *notes), base)
 
 
 def _check_labels(recipe: RecipeFile, parents: Sequence[Parent]) -> None:
@@ -151,5 +159,9 @@ def trace_parents(work: Work, parents: LoadedParents) -> pleas.Parents:
     """The networks of the merge: which units of their architecture are exchangeable, verified numerically."""
     with work.progress.stage("symmetry"), work.recipe.at("parents", parents.first.name, "model"):
         return pleas.Parents.of(
-            [parent.module for parent in parents.each], parents.example, work.settings, names=parents.names
+            [parent.module for parent in parents.each],
+            parents.example,
+            work.settings,
+            names=parents.names,
+            base=None if parents.base is None else parents.base.module,
         )

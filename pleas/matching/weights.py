@@ -20,15 +20,21 @@ from pleas.symmetry import (
 
 
 def match_weights(
-    symmetry: Symmetry, a: Mapping[str, Tensor], b: Mapping[str, Tensor], *, sweeps: int = 100
+    symmetry: Symmetry,
+    a: Mapping[str, Tensor],
+    b: Mapping[str, Tensor],
+    *,
+    start: Permutation | None = None,
+    sweeps: int = 100,
 ) -> tuple[Permutation, float]:
     """Git Re-Basin's weight matching (arXiv 2209.04836, algorithm 1): coordinate ascent on `sum <W_a,
     P(W_b)>`.
 
-    Every class is assigned exactly given all the others; sweeps go on until nothing changes. Running
-    statistics take no part. Returns the permutation of b and the total it reaches.
+    Every class is assigned exactly given all the others; sweeps go on until nothing changes. Running statistics take no
+    part. start: of the ascent, by default what one pass forward gives. Returns the permutation of b and the total it
+    reaches.
     """
-    permutation = _match_forward(symmetry, a, b)
+    permutation = _match_forward(symmetry, a, b) if start is None else start
     order = by_depth(symmetry)
     generator = torch.Generator().manual_seed(0)
     for _ in range(sweeps):

@@ -25,12 +25,14 @@ class Drawing:
     blocks:  layer -> which of its outputs read which inputs
     graph:   the parents' graph with the plan's widths; a layer in more than one block is a call of a module named as it
     became:  node of the parents' graph -> node of `graph`
+    constants: tensors that `graph` reads and no parent has, by name
     """
 
     layouts: Layouts
     blocks: Mapping[str, tuple[Block, ...]]
     graph: fx.Graph
     became: Mapping[fx.Node, fx.Node]
+    constants: Mapping[str, Tensor]
 
     everything = (Block(torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)),)
 
@@ -48,8 +50,7 @@ def draw(parents: Parents, plan: Plan) -> Drawing:
         for layer in parents.layers
     }
     split = {name for name, found in blocks.items() if len(found) > 1}
-    graph, became = edit_graph(parents.symmetry, layouts, parents.layers, split)
-    return Drawing(layouts, blocks, graph, became)
+    return Drawing(layouts, blocks, *edit_graph(parents.symmetry, layouts, parents.layers, split))
 
 
 def build(parents: Parents, plan: Plan, drawing: Drawing, state: Mapping[str, Tensor]) -> nn.Module:
@@ -68,7 +69,7 @@ def build(parents: Parents, plan: Plan, drawing: Drawing, state: Mapping[str, Te
         module.load_state_dict(own | saved | tied)
         return module.eval()
     # A graph serves one module: a second network of the same plan gets its own.
-    graph, _ = edit_graph(parents.symmetry, drawing.layouts, parents.layers, drawing.split)
+    graph, _, _ = edit_graph(parents.symmetry, drawing.layouts, parents.layers, drawing.split)
     modules: dict[str, BlockLayer] = {}
     consumed: set[str] = set()
     for layer in parents.layers:
@@ -78,7 +79,7 @@ def build(parents: Parents, plan: Plan, drawing: Drawing, state: Mapping[str, Te
     parameters = {*program.parameters, *program.added}
     tensors = {
         str(node.target): (
-            _tensor(str(node.target), state, program.constants),
+            _tensor(str(node.target), {**state, **drawing.constants}, program.constants),
             str(node.target) in parameters,
         )
         for node in graph.nodes

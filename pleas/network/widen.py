@@ -1,5 +1,5 @@
-"""Editing the parents' graph for a plan: widths that are written into shape constants, and layers in
-blocks."""
+"""Editing the parents' graph for a plan: widths that are written into shape constants, layers in blocks, and norms over
+widened units."""
 
 from __future__ import annotations
 
@@ -10,13 +10,18 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.node import map_arg
 
 from pleas.errors import UnsupportedModel
 from pleas.layers.layer import Layer
+from pleas.network.views import Constants, by_owner
 from pleas.plan.layout import ClassPlan, Layout, lay_out, plain_layout
 from pleas.symmetry import Symmetry
+from pleas.symmetry.owners import OWNED
+from pleas.symmetry.rules import op_name
 
 aten = torch.ops.aten
+LAYER_NORM, GROUP_NORM = aten.native_layer_norm.default, aten.native_group_norm.default
 
 
 class Layouts:
@@ -67,21 +72,32 @@ class Layouts:
 
 def edit_graph(
     symmetry: Symmetry, layouts: Layouts, layers: tuple[Layer, ...], split: set[str]
-) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
-    """The parents' graph with the plan's widths: shape constants rewritten, nodes of the layers named in
-    `split` turned into calls of their block module (named as the layer). And which node became which."""
+) -> tuple[fx.Graph, dict[fx.Node, fx.Node], dict[str, torch.Tensor]]:
+    """The parents' graph with the plan's widths: shape constants rewritten, nodes of the layers named in `split` turned
+    into calls of their block module (named as the layer), reductions over widened units taken owner by owner. And which
+    node became which, and the constants that were added, by name."""
+    program = symmetry.program
     by_node = {node: layer for layer in layers for node in layer.nodes if layer.name in split}
-    graph = fx.Graph()
+    graph, constants = fx.Graph(), Constants({*program.parameters, *program.buffers, *program.added})
     env: dict[fx.Node, fx.Node] = {}
-    for node in symmetry.program.graph.nodes:
+    parted: set[fx.Node] = set()  # that gave a tuple, of which the first is left
+    for node in program.graph.nodes:
+        axis = reduced_axis(node, layouts)
         if node.name in by_node:
             env[node] = graph.call_module(by_node[node.name].name, (env[node.args[0]],))
+        elif axis is not None:
+            env[node] = _owner_by_owner(node, axis, graph, constants, env)
+            if isinstance(node.meta["val"], tuple | list):
+                parted.add(node)
+        elif node.target is operator.getitem and node.args[0] in parted:
+            if node.args[1] != 0:
+                raise _refuse(node, "reads the statistics of a norm over widened units")
+            env[node] = graph.call_function(aten.alias.default, (env[node.args[0]],))  # type: ignore[index]
         else:
             env[node] = graph.node_copy(node, lambda n: env[n])
             if node.target in (aten.view.default, aten._unsafe_view.default):
-                env[
-                    node
-                ].target = aten.reshape.default  # a block layer may hand on other strides than the parents'
+                # A block layer may hand on other strides than the parents'.
+                env[node].target = aten.reshape.default
             edit = EDITS.get(node.target)
             if edit is not None:
                 args = edit(node, layouts, list(env[node].args))
@@ -92,7 +108,71 @@ def edit_graph(
         if node.op == "get_attr" and not node.users:
             graph.erase_node(node)
     graph.lint()
-    return graph, env
+    return graph, env, constants.tensors
+
+
+def reduced_axis(node: fx.Node, layouts: Layouts) -> tuple[int, Layout] | None:
+    """The widened dimension, counted from the end, that a norm or another reduction runs over, and its layout."""
+    source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
+    if not isinstance(node.target, torch._ops.OpOverload) or source is None:
+        return None
+    value = source.meta.get("val")
+    if not isinstance(value, torch.Tensor):
+        return None
+    if node.target is LAYER_NORM:
+        dims = list(range(value.dim() - len(node.args[1]), value.dim()))  # type: ignore[arg-type]
+    elif node.target is GROUP_NORM and node.args[6] == 1:
+        dims = list(range(1, value.dim()))
+    elif op_name(node.target) in OWNED:
+        dims = [d for d in range(value.dim()) if d in _reduced_dims(node, value.dim())]
+    else:
+        return None
+    found = [(d - value.dim(), layouts.value(source, d)) for d in dims if layouts.value(source, d).widened]
+    if len(found) > 1:
+        raise _refuse(node, "runs over two widened dimensions")
+    return found[0] if found else None
+
+
+def _reduced_dims(node: fx.Node, count: int) -> set[int]:
+    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+    given = dict(zip(names, node.args, strict=False)) | node.kwargs
+    dims: Any = given.get("dim")
+    dims = range(count) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
+    return {d % count for d in dims}
+
+
+def _owner_by_owner(
+    node: fx.Node,
+    axis: tuple[int, Layout],
+    graph: fx.Graph,
+    constants: Constants,
+    env: Mapping[fx.Node, fx.Node],
+) -> fx.Node:
+    """Nodes that take a norm or a reduction of every parent's view, and the scale and shift of every unit."""
+    args: list[Any] = list(map_arg(node.args, env.__getitem__))
+    source, kwargs = args[0], map_arg(node.kwargs, env.__getitem__)
+    value = node.args[0].meta["val"]  # type: ignore[union-attr]
+    if node.target not in (LAYER_NORM, GROUP_NORM):
+
+        def reduction(own: fx.Node) -> fx.Node:
+            return graph.call_function(node.target, (own, *args[1:]), kwargs)  # type: ignore[arg-type]
+
+        return by_owner(graph, constants, source, axis, value.dtype, reduction, reduces=True)
+    place = 2 if node.target is LAYER_NORM else 1
+    scale, shift = args[place : place + 2]
+    args[place : place + 2] = None, None
+
+    def norm(own: fx.Node) -> fx.Node:
+        whole = graph.call_function(node.target, (own, *args[1:]))  # type: ignore[arg-type]
+        return graph.call_function(operator.getitem, (whole, 0))
+
+    found = by_owner(graph, constants, source, axis, value.dtype, norm)
+    for vector, op in ((scale, aten.mul.Tensor), (shift, aten.add.Tensor)):
+        if vector is not None:
+            if node.target is GROUP_NORM:
+                vector = graph.call_function(aten.reshape.default, (vector, [-1, *[1] * (value.dim() - 2)]))
+            found = graph.call_function(op, (found, vector))
+    return found
 
 
 def _sizes(position: int) -> Callable[[fx.Node, Layouts, list[Any]], list[Any]]:
@@ -191,14 +271,6 @@ def _group_norm(node: fx.Node, layouts: Layouts, args: list[Any]) -> list[Any]:
     return args
 
 
-def _layer_norm(node: fx.Node, layouts: Layouts, args: list[Any]) -> list[Any]:
-    dims = len(args[1])
-    value = node.args[0].meta["val"]  # type: ignore[union-attr]
-    if any(layouts.value(node.args[0], value.dim() - 1 - i).widened for i in range(dims)):  # type: ignore[arg-type]
-        raise _refuse(node, "normalises over a widened dimension")
-    return args
-
-
 def _refuse(node: fx.Node, why: str) -> UnsupportedModel:
     return UnsupportedModel(
         f"node '{node.name}' ({node.target}) {why}: this model cannot be widened there. Use budget 1.0."
@@ -215,6 +287,5 @@ EDITS: dict[Any, Callable[[fx.Node, Layouts, list[Any]], list[Any]]] = {
     aten.split_with_sizes.default: _split,
     aten.select.int: _select,
     aten.convolution.default: _convolution,
-    aten.native_group_norm.default: _group_norm,
-    aten.native_layer_norm.default: _layer_norm,
+    GROUP_NORM: _group_norm,
 }

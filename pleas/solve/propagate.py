@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ from pleas.layers.layer_norm import LayerNorm, find_layer_norms
 from pleas.network.average import average, contracted, mean_of_owners
 from pleas.network.build import Drawing, block_layer
 from pleas.network.module import BlockLayer
+from pleas.network.views import normalised_by_owner
 from pleas.plan.layout import Layout
 from pleas.solve.equations import Equations, KeptRows, LayerSolution, equations_of, prior_of
 from pleas.statistics.collect import Progress, count_images, for_each, placed
@@ -116,12 +118,13 @@ class _Walk:
         self.parents, self.settings = parents, parents.settings
         self.graph = parents.symmetry.program.graph
         self.progress = progress
-        start = averaged_state(evidence, drawing)
-        constants = dict(parents.symmetry.program.constants)
-        self.solved = [Solved(t, {**constants, **start}) for t in candidates]
         self.chunks = [for_each(batch, parents) for batch in evidence.inputs]
         if not self.chunks:
             raise InputError("no proxy images: least squares need at least one batch. Check the proxy source")
+        kind = self.chunks[0][0].dtype
+        added = {n: v.to(kind) if v.is_floating_point() else v for n, v in drawing.constants.items()}
+        start = {**parents.symmetry.program.constants, **added, **averaged_state(evidence, drawing)}
+        self.solved = [Solved(t, dict(start)) for t in candidates]
         self.states = placed(evidence.states, self.chunks[0][0])
         for one in self.solved:
             one.state = placed([one.state], self.chunks[0][0])[0]
@@ -200,28 +203,29 @@ class _Walk:
         count = self.parents.count
         like = self.chunks[c][0]
         if lane < count:
-            template, state = node, self.states[lane]
-            target: Any = VIEWS.get(node.target, node.target)
+            own, state = self.values[lane], self.states[lane]
             found = {
-                n: state[str(n.target)] if n.op == "get_attr" else self.values[lane][n][c]
-                for n in node.all_input_nodes
+                n: state[str(n.target)] if n.op == "get_attr" else own[n][c] for n in node.all_input_nodes
             }
-        else:
-            template = self.drawing.became[node]
-            one = self.solved[lane - count]
-            found = {
-                n: one.state[str(n.target)] if n.op == "get_attr" else self.values[lane][self.back[n]][c]
-                for n in template.all_input_nodes
-            }
-            if template.op == "call_module":
-                return one.modules[str(template.target)](found[template.all_input_nodes[0]])
-            target = template.target
-        args, kwargs = map_arg((template.args, template.kwargs), found.__getitem__)
-        if kwargs.get("device") is not None:
-            kwargs = {**kwargs, "device": like.device}
-        if kwargs.get("dtype") is self.exported:
-            kwargs = {**kwargs, "dtype": like.dtype}
-        return target(*args, **kwargs)
+            return _called(VIEWS.get(node.target, node.target), node, found, self.exported, like)
+        one, template = self.solved[lane - count], self.drawing.became[node]
+        if template.op == "call_module":
+            source = self.back[template.all_input_nodes[0]]
+            return one.modules[str(template.target)](self.values[lane][source][c])
+        return self._merged(template, lane, c, like)
+
+    def _merged(self, template: fx.Node, lane: int, c: int, like: Tensor) -> Any:
+        """A node of the merged graph; those that only it needs, as the views of owners, are run with it."""
+        state = self.solved[lane - self.parents.count].state
+        found: dict[fx.Node, Any] = {}
+        for n in template.all_input_nodes:
+            if n.op == "get_attr":
+                found[n] = state[str(n.target)]
+            elif n in self.back:
+                found[n] = self.values[lane][self.back[n]][c]
+            else:
+                found[n] = self._merged(n, lane, c, like)
+        return _called(template.target, template, found, self.exported, like)
 
     # one layer ----------------------------------------------------------------------------------------------------
 
@@ -375,7 +379,7 @@ class _Walk:
                 own = self.values[self.parents.count + k][source][c]
                 z = own if mean is None else _mixture(mean, own, one.propagate)
                 if isinstance(norm, LayerNorm):
-                    z = F.layer_norm(z, z.shape[-1:], None, None, norm.eps)
+                    z = normalised_by_owner(z, outputs, partial(_normalised, eps=norm.eps))
                 rows = [
                     self._unit_rows(images_first(x, source), dim, merged.channels, c, kept)
                     for x in (z, target)
@@ -580,6 +584,22 @@ def parents_at(
 
     execute(graph, states, inputs, visit, seen)
     yield from found
+
+
+def _called(
+    target: Any, node: fx.Node, found: Mapping[fx.Node, Any], exported: torch.dtype, like: Tensor
+) -> Any:
+    """What an op gives; export writes down its own device and precision, and those of the images are followed."""
+    args, kwargs = map_arg((node.args, node.kwargs), found.__getitem__)
+    if kwargs.get("device") is not None:
+        kwargs = {**kwargs, "device": like.device}
+    if kwargs.get("dtype") is exported:
+        kwargs = {**kwargs, "dtype": like.dtype}
+    return target(*args, **kwargs)
+
+
+def _normalised(value: Tensor, eps: float) -> Tensor:
+    return F.layer_norm(value, value.shape[-1:], None, None, eps)
 
 
 def _mixture(mean: Tensor, own: Tensor, t: float) -> Tensor:

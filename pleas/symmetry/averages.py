@@ -6,6 +6,7 @@ from typing import Any
 
 from pleas.symmetry.algebra import anonymous
 from pleas.symmetry.labels import Val
+from pleas.symmetry.owners import dims_with_units, is_owned
 from pleas.symmetry.rules import Op, Result, rule, unlisted
 
 
@@ -33,7 +34,10 @@ def reduction(op: Op) -> Result:
     if dims is None or dims == []:
         dims = list(range(len(value.shape)))
     dims = [dims] if isinstance(dims, int) else dims
-    result = reduced(op, value, dims, bool(op.args.get("keepdim")), f"{op.name} runs over it")
+    keepdim = bool(op.args.get("keepdim"))
+    carriers = dims_with_units(value, dims)
+    owned = keepdim and len(carriers) == 1 and is_owned(op.node, carriers[0] - len(value.shape))
+    result = reduced(op, value, dims, keepdim, "" if owned else f"{op.name} runs over it")
     return result if len(op.shapes) == 1 else [result] * len(op.shapes)
 
 
@@ -67,7 +71,9 @@ def layer_norm(op: Op) -> Result:
     """Normalised over the last dimensions, then scaled and shifted per position of these."""
     value, ndim = op["input"], len(op["input"].shape)
     dims = range(ndim - len(op["normalized_shape"]), ndim)
-    value = normalised(op, value, dims, "a LayerNorm averages over it")
+    # Over one dimension of units every parent has its own view, whose mean and variance it keeps.
+    reason = "a LayerNorm averages over it" if len(dims_with_units(value, dims)) > 1 else ""
+    value = normalised(op, value, dims, reason)
     extra = [v for v in (op["weight"], op["bias"]) if v is not None]
     return [op.algebra.meet([value, *extra], op.shape), *_empty(op)]
 
@@ -79,7 +85,9 @@ def group_norm(op: Op) -> Result:
     batch, channels, *space = value.shape
     split = op.algebra.reshaped(value, (batch, groups, channels // groups, *space))
     dims = range(2, len(split.shape))
-    value = op.algebra.reshaped(normalised(op, split, dims, "a GroupNorm averages over it"), op.shape)
+    owned = groups == 1 and dims_with_units(split, dims) == [2]
+    reason = "" if owned else "a GroupNorm averages over it"
+    value = op.algebra.reshaped(normalised(op, split, dims, reason), op.shape)
     return [with_channels(op, value, "weight", "bias"), *_empty(op)]
 
 

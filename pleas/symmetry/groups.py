@@ -57,6 +57,22 @@ class DimUnits:
     unit: Tensor
 
 
+def units_along(value: Val, dim: int, place: DimUnits) -> DimUnits | None:
+    """Units along one dimension of a value; None where that dimension carries no units of its own."""
+    if not value.shape:
+        return None
+    dim %= len(value.shape)
+    for label in value.free:
+        known = label >= 0
+        ids = label.clamp(min=0)
+        cls = squash(torch.where(known, place.cls[ids], -1))
+        unit = squash(torch.where(known, place.unit[ids], -1))
+        if varying(cls) | varying(unit) == {dim} and bool((cls >= 0).any()):
+            size = (value.shape[dim],)
+            return DimUnits(cls.reshape(-1).expand(size).clone(), unit.reshape(-1).expand(size).clone())
+    return None
+
+
 @dataclass(frozen=True)
 class Unlisted:
     """An op without a rule, where it stands, and the parameters it pinned."""
@@ -109,18 +125,7 @@ class Symmetry:
     def value(self, node: str, dim: int) -> DimUnits | None:
         """Units along one dimension of an activation; None where that dimension carries no units of its own."""
         value, place = self._labels.get(node), self._place
-        if value is None or place is None or not value.shape:
-            return None
-        dim %= len(value.shape)
-        for label in value.free:
-            known = label >= 0
-            ids = label.clamp(min=0)
-            cls = squash(torch.where(known, place.cls[ids], -1))
-            unit = squash(torch.where(known, place.unit[ids], -1))
-            if varying(cls) | varying(unit) == {dim} and bool((cls >= 0).any()):
-                size = (value.shape[dim],)
-                return DimUnits(cls.reshape(-1).expand(size).clone(), unit.reshape(-1).expand(size).clone())
-        return None
+        return None if value is None or place is None else units_along(value, dim, place)
 
     def spread(self, node: str, but: Sequence[int] = ()) -> set[int]:
         """Dimensions of an activation along which units vary, of all top-level classes but these."""

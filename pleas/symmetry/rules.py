@@ -82,6 +82,11 @@ def rule_for(target: Any) -> Rule | None:
     return pointwise if torch.Tag.pointwise in target.tags else None
 
 
+def is_pointwise(target: Any) -> bool:
+    """Whether an op acts element by element."""
+    return rule_for(target) is pointwise
+
+
 def op_name(target: torch._ops.OpOverload) -> str:
     return target._schema.name.split("::")[1]
 

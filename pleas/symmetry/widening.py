@@ -3,7 +3,8 @@
 A widened network keeps some units of each parent apart, so a class gets extra units, each with as many positions on
 every axis as its other units have. That is impossible where
 
-- an op averages over the units, so that strangers would change each other (marks in the ledger);
+- an op averages over the units, so that strangers would change each other, and the average does not meet them again
+  (marks in the ledger, and `pleas.symmetry.owners`);
 - a unit's positions are no slab of one dimension, or a view or a grouped convolution would not come out even
   (channel shuffles, fused projections of one head);
 - an op has places of units written into its constants;
@@ -22,6 +23,7 @@ from torch import Tensor, fx
 
 from pleas.symmetry.groups import DimUnits
 from pleas.symmetry.labels import Val, squash, varying
+from pleas.symmetry.owners import strangers
 from pleas.symmetry.rules import op_name
 
 Growth = dict[int, int]  # class -> positions of one more unit along one dimension
@@ -48,7 +50,12 @@ def obstacles(graph: fx.Graph, values: Mapping[str, Val], place: DimUnits) -> di
                 found.setdefault(cls, RAGGED.format(node=node.name))
             else:
                 grown.setdefault(dim, {})[cls] = count
-        for cls, reason in (*_broken(node, values, growth), *_crossed(node, growth)):
+        found_here = (
+            *_broken(node, values, growth),
+            *_crossed(node, growth),
+            *strangers(node, values, place),
+        )
+        for cls, reason in found_here:
             found.setdefault(cls, reason)
     return found
 

@@ -147,6 +147,13 @@ def test_every_group_is_called_by_its_name() -> None:
     assert all(len(group.load_parents) > 1 and group.load_tasks for group in PAIRS.values())
 
 
+def test_only_siblings_have_a_base() -> None:
+    assert [name for name, group in PAIRS.items() if group.load_base is not None] == [
+        "pacs_photo_sketch_base"
+    ]
+    assert PAIRS["resnet20"].base is None
+
+
 @pytest.mark.slow
 def test_the_halves_know_their_own_classes(data: Path) -> None:
     scores = accuracy(Ensemble(PAIRS["halves"]), PAIRS["halves"])

@@ -33,7 +33,7 @@ class Normed(nn.Module):
         self.stem, self.norm, self.head = nn.Linear(48, 6), nn.LayerNorm(6), nn.Linear(6, 5)
 
     def forward(self, x):
-        return self.head(self.norm(self.stem(x.flatten(1))))
+        return self.head(self.norm(torch.softmax(self.stem(x.flatten(1)), 1)))
 
 
 class Sorting(Normed):
@@ -118,7 +118,7 @@ def test_the_text_names_couplings_widths_and_reasons(networks: Path) -> None:
     assert (
         "  a position in the kernel of a convolution has its place: 0.weight[2, 3], 3.weight[2, 3]\n" in text
     )
-    assert "no: a LayerNorm averages over it" in _inspect(networks, "Normed").stdout
+    assert "no: a softmax runs over it" in _inspect(networks, "Normed").stdout
 
 
 def test_an_op_without_a_rule_is_named_with_its_place_and_a_way_out(networks: Path) -> None:

@@ -120,3 +120,44 @@ def test_units_that_no_layer_touches_are_named_where_activations_match() -> None
     assert any("no layer reads or writes 1 of the classes of units (up.weight" in note for note in said), said
     weights = Parents.of([_Upwards(), _Upwards()], example, MergeSettings(matching="weight")).notes
     assert not any("no layer reads or writes" in note for note in weights)
+
+
+def test_a_base_is_copied_and_its_head_may_be_another() -> None:
+    base = net(5, classes=100).train()
+    parents = Parents.of([net(0), net(1)], torch.zeros(2, 6), base=base)
+    assert parents.base is not None
+    assert not parents.base.training
+    assert base.training
+    state = parents.base_state
+    assert state is not None
+    assert torch.equal(state["0.weight"], base[0].weight)  # type: ignore[arg-type]
+    assert state["3.weight"].shape == (100, 5)
+    said = "the base has another head than the parents (3.weight, 3.bias): these tensors have no task vectors"
+    assert any(note.startswith(said) for note in parents.notes)
+    alike = Parents.of([net(0), net(1)], torch.zeros(2, 6), base=net(2))
+    assert not any("another head" in note for note in alike.notes)
+
+
+def test_a_base_of_another_architecture_is_refused_by_its_tensors() -> None:
+    with pytest.raises(
+        ArchitectureMismatch,
+        match=r"^the base is no network that parent one was fine-tuned from; tensors that differ:\n"
+        r"  0\.weight: \(5, 6\) in one, \(7, 6\) in the base(.|\n)*Give the checkpoint that all parents started from",
+    ):
+        check_parents([net(0), net(1)], names=("one", "two"), base=net(2, width=7))
+    other = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
+    with pytest.raises(ArchitectureMismatch, match=r"only in a: 1\.bias, .*\n  only in the base: 2\.bias"):
+        Parents.of([net(0), net(1)], torch.zeros(2, 6), base=other)
+
+
+def test_a_damaged_base_and_one_that_computes_something_else_are_refused() -> None:
+    damaged = net(1)
+    damaged[3].bias.data[0] = float("nan")  # type: ignore[union-attr]
+    with pytest.raises(NonFinite, match=r"^the base: weights '3\.bias' hold NaN or infinity"):
+        check_parents([net(0), net(1)], base=damaged)
+    other = net(2)
+    other[2] = nn.Tanh()
+    with pytest.raises(
+        ArchitectureMismatch, match=r"parent base computes aten\.tanh where parent a computes"
+    ):
+        Parents.of([net(0), net(1)], torch.zeros(2, 6), base=other)

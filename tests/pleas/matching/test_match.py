@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+import math
 from dataclasses import replace
 
 import pytest
@@ -154,3 +156,72 @@ def test_heads_of_other_label_sets_do_not_take_part() -> None:
     b[0].load_state_dict(a[0].state_dict())
     made = Parents.of([a, b], torch.zeros(2, 6), replace(WEIGHT, heads="separate"))
     assert all(torch.equal(x.perm, torch.arange(len(x.perm))) for x in pleas.match(made, None)[1])
+
+
+def mlp(seed: int, base: nn.Module | None = None, distance: float = 1.0) -> nn.Sequential:
+    """6 -> 5 -> 3, random or some way from a base."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        made = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+        for tensor, origin in zip(
+            made.parameters(), base.parameters() if base is not None else (), strict=False
+        ):
+            tensor.data = origin.data + distance * tensor.data
+    return made
+
+
+def exchanged(net: nn.Sequential) -> nn.Sequential:
+    """The same function with hidden units 1 and 3 exchanged."""
+    made, order = copy.deepcopy(net), [0, 3, 2, 1, 4]
+    made[0].weight.data, made[0].bias.data = net[0].weight[order].data, net[0].bias[order].data  # type: ignore
+    made[2].weight.data = net[2].weight[:, order].data  # type: ignore[index]
+    return made
+
+
+@pytest.mark.parametrize("distance", [0.7, 1.5, 3.0])
+def test_units_of_siblings_move_only_where_that_beats_chance(distance: float) -> None:
+    """Of all permutations the one of most similarity less two standard errors for every correlation of a unit that
+    moves."""
+    base = mlp(0)
+    siblings, x = [mlp(1, base, distance), mlp(2, base, distance)], torch.randn(36, 6)
+    evidence = pleas.gather(Parents.of(siblings, x[:2], base=base), [x])
+    blocks = activation_similarities(evidence.statistics, 2)
+    similarity = blocks["0.weight", 0] + blocks["2.weight", 1]
+    places = torch.arange(5)
+
+    def worth(order: tuple[int, ...]) -> float:
+        there = torch.tensor(order)
+        return float(similarity[places, there].sum()) - 2 * 2 / math.sqrt(36) * int((there != places).sum())
+
+    best = max(itertools.permutations(range(5)), key=worth)
+    hidden = next(c for c, part in enumerate(evidence.alignments[1]) if len(part.perm) == 5)
+    assert evidence.alignments[1][hidden].perm.tolist() == list(best)
+
+
+@pytest.mark.parametrize("settings", [SETTINGS, WEIGHT], ids=["activation", "weight"])
+def test_siblings_stay_in_place_and_a_real_permutation_is_found_and_counted(settings: MergeSettings) -> None:
+    base, x = mlp(0), torch.randn(64, 6)
+    near, other = mlp(1, base, 0.05), mlp(2, base, 0.05)
+    still = pleas.gather(Parents.of([near, other], x[:2], settings, base=base), [x])
+    assert all(same(alignment, identity(still.parents.symmetry)) for alignment in still.alignments)
+    assert still.notes == ("a common base: all 5 units are best where they are, and none was permuted",)
+    moved = pleas.gather(Parents.of([near, other, exchanged(other)], x[:2], settings, base=base), [x])
+    assert same(moved.alignments[1], identity(moved.parents.symmetry))
+    torch.testing.assert_close(moved.states[2], moved.states[1], rtol=0, atol=0)
+    assert moved.notes[0].startswith(
+        "a common base: 8 of 10 units stay where they are, a permutation helps for 2 in 1 classes ("
+    )
+    assert moved.notes[0].endswith(" of c: 2 of 5)")
+
+
+def test_without_a_base_nothing_is_said_of_one() -> None:
+    evidence = evidence_of("residual", parents("residual"))
+    assert evidence.parents.base is None
+    assert evidence.parents.base_state is None
+    assert evidence.notes == ()
+
+
+def test_a_merge_of_siblings_says_how_often_a_permutation_helps() -> None:
+    base, x = mlp(0), torch.randn(64, 6)
+    result = pleas.merge(mlp(1, base, 0.05), mlp(2, base, 0.05), [x], budget=1.0, base=base)
+    assert any(note.startswith("a common base: all 5 units are best where they are") for note in result.notes)
