@@ -84,17 +84,21 @@ def choose_methods(work: Work, networks: pleas.Parents) -> tuple[Chosen, ...]:
     Raises UsageError for the others that were named; those that `all` leaves out are noted.
     """
     recipe, found, wrong = work.recipe, dict[Any, Chosen](), []
+    left_out: dict[str, list[str]] = {}
     for entry, spec in enumerate(recipe.recipe.compare):
         for one in _candidates(spec, entry):
             why = one.comparator.obstacle(networks, base=networks.base is not None)
             if spec.method != ALL and why is not None:
                 wrong.append(str(recipe.error(f"{one.name} cannot run: {why}", "compare", entry)))
             elif why is not None:
-                work.progress.note(f"compare: {one.name} is left out: {why}")
+                left_out.setdefault(why, []).append(one.name)
             else:
                 found.setdefault((one.method, one.comparator), one)
     if wrong:
         raise UsageError("\n".join(wrong))
+    for why, names in left_out.items():
+        said = f"is left out: {why}" if len(names) == 1 else f"are left out: {why.replace('it ', 'each ', 1)}"
+        work.progress.note(f"compare: {', '.join(names)} {said}")
     return tuple(found.values())
 
 

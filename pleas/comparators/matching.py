@@ -123,7 +123,7 @@ class StraightThrough(OneSize):
     """
 
     title: ClassVar[str] = "straight-through"
-    needs: ClassVar[frozenset[Need]] = frozenset({"images", "gradients"})
+    needs: ClassVar[frozenset[Need]] = frozenset({"images", "gradients", "shared labels"})
     most_parents: ClassVar[int | None] = 2
     steps: int = 50
     rate: float = 1e-2
@@ -132,12 +132,6 @@ class StraightThrough(OneSize):
         super().__post_init__()
         check_range("steps", self.steps, 1, 10**5)
         check_range("rate", self.rate, 1e-9, 1e3)
-
-    def obstacle(self, parents: Parents, *, base: bool = False) -> str | None:
-        found = super().obstacle(parents, base=base)
-        if found is None and parents.settings.heads == "separate":
-            return "it compares the answers of the mean with both parents': say `labels: shared`"
-        return found
 
     def align(self, case: Case) -> Evidence:
         evidence = case.evidence

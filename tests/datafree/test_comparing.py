@@ -64,9 +64,10 @@ def test_a_method_that_cannot_run_is_refused_by_name_and_left_out_of_all(
     chosen = choose_methods(work, networks)
     left_out = {"regmean", "regmean++"} | {name for name, one in METHODS.items() if "base" in one.needs}
     assert [one.method for one in chosen] == [*(name for name in METHODS if name not in left_out), "fisher"]
-    assert (
-        work.progress.notes[0] == "compare: RegMean is left out: it is defined for 1 parents, and there are 2"
+    assert work.progress.notes[0] == (
+        "compare: RegMean, RegMean++ are left out: each is defined for 1 parents, and there are 2"
     )
+    assert len(work.progress.notes) == 2, "and one for all that need a base"
 
 
 def test_a_method_of_all_that_fails_is_said_and_the_others_stand(
