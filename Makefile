@@ -18,7 +18,7 @@ OLDEST_TESTS := tests/test_oldest.py tests/pleas/network/test_counting.py tests/
 	tests/pleas/refine/test_refine.py tests/pleas/test_transformers.py tests/datafree/artefact/test_save_load.py \
 	tests/datafree/test_pipeline.py tests/datafree/proxy
 
-.PHONY: help quickstart test test-all test-oldest lint types format evidence clean
+.PHONY: help quickstart test test-all test-oldest lint types format docs evidence clean
 
 help:
 	@echo "make quickstart   merge two digit networks from inverted images alone; table, artefact and report in $(OUT)"
@@ -26,6 +26,7 @@ help:
 	@echo "make test-all     every test"
 	@echo "make test-oldest  the tests of what is promised of the oldest versions that pyproject.toml allows"
 	@echo "make lint types   ruff and pyright"
+	@echo "make docs         the generated pages, and the documentation as a site in site/"
 	@echo "make format       let ruff format the sources"
 	@echo "make evidence     every published table and every grid of recipes/ablations again; hours, goes on where it stopped"
 
@@ -52,6 +53,10 @@ types: $(VENV)/.installed-dev
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(VENV)/.installed-docs
+	$(BIN)/python -m datafree.docs
+	$(BIN)/mkdocs build --strict
 
 # A grid that lost a cell does not keep the others from running; make fails in the end.
 evidence: $(VENV)/.installed-quickstart
@@ -81,4 +86,4 @@ $(OLDEST)/.installed: pyproject.toml .ci/oldest.py
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -42,8 +42,47 @@ class Commands(click.Group):
             _say(f"error: {error}")
             ctx.exit(code)
 
+    def add_command(self, cmd: click.Command, name: str | None = None) -> None:
+        """Commands that work on a recipe all say what they are doing, in the same ways."""
+        if any(parameter.name == "recipe" for parameter in cmd.params):
+            cmd.params += [option for option in _said() if option.name not in {p.name for p in cmd.params}]
+        super().add_command(cmd, name)
+
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)  # in the order of this file, which is the order of use
+
+
+def _said() -> list[click.Option]:
+    """-q, -v and --log-file, which `datafree.progress.progress_on` reads."""
+
+    def keep(ctx: click.Context, parameter: click.Parameter, value: Any) -> None:
+        ctx.meta[f"datafree.{parameter.name}"] = value
+        if ctx.meta.get("datafree.quiet") and ctx.meta.get("datafree.verbose"):
+            raise click.UsageError("-q and -v are given together: give one of them", ctx)
+
+    return [
+        click.Option(
+            ["-q", "--quiet"],
+            is_flag=True,
+            expose_value=False,
+            callback=keep,
+            help="Show no progress and no notes.",
+        ),
+        click.Option(
+            ["-v", "--verbose"],
+            is_flag=True,
+            expose_value=False,
+            callback=keep,
+            help="Show more of it, in lines.",
+        ),
+        click.Option(
+            ["--log-file"],
+            type=click.Path(dir_okay=False),
+            expose_value=False,
+            callback=keep,
+            help="Also append progress to this file.",
+        ),
+    ]
 
 
 def _exit_code(error: Exception) -> int | None:

@@ -11,14 +11,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pleas
 from datafree.artefact.description import CARD, Description, make_heads, plan_table
 from datafree.artefact.export import check_export, write_exports
 from datafree.artefact.save import write_model
 from datafree.environment import machine, versions
-from datafree.evaluation.results import Results, Row
+from datafree.evaluation.results import Results, Row, row_values
 from datafree.folders import check_output, new_folder
 from datafree.images.image_set import ImageSet
 from datafree.models.parent import Parent
@@ -54,6 +54,9 @@ from datafree.stages import (
 )
 from datafree.text import json_text
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 RECIPE, RESOLVED, METRICS, RECORD, REPORT = (
     "recipe.yaml",
     "recipe.resolved.yaml",
@@ -63,7 +66,7 @@ RECIPE, RESOLVED, METRICS, RECORD, REPORT = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Outcome:
     """What a run left: the folder, one artefact folder per merged network, and how the networks compare."""
 
@@ -72,6 +75,27 @@ class Outcome:
     merged: tuple[Merged, ...]
     results: Results
     record: dict[str, Any]
+
+    def __repr__(self) -> str:
+        points = " and ".join(one.point.label for one in self.merged)
+        plural = "s" * (len(self.merged) != 1)
+        return f"Outcome({self.folder}: {len(self.merged)} network{plural}, {points})"
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One a network: its label, accuracy by task (fractions), their average, predicted error, cost."""
+        return [row_values(row, self.results.tasks) for row in self.results.rows]
+
+    def to_frame(self) -> Any:
+        """`rows()` as a pandas.DataFrame. Raises UsageError where pandas is not installed."""
+        from datafree.library.frames import frame_of
+
+        return frame_of(self.rows())
+
+    def plot(self) -> Figure:
+        """Accuracy against multiply-adds, as a matplotlib figure."""
+        from datafree.library.judging import accuracy_figure
+
+        return accuracy_figure(self.results.rows)
 
 
 def run(

@@ -17,7 +17,7 @@ from pleas.statistics.domains import NO_DOMAINS, Contradiction, Domains, look, u
 from pleas.symmetry import Permutation, permute_state
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Evidence:
     """The parents in one common order of units, and the proxies that say so.
 
@@ -32,6 +32,9 @@ class Evidence:
     statistics: Statistics
     alignments: tuple[Permutation, ...]
     given: Tensor | None = None
+
+    def __repr__(self) -> str:
+        return f"Evidence({self.statistics.images} images, {self.parents!r})"
 
     @cached_property
     def states(self) -> tuple[dict[str, Tensor], ...]:

@@ -27,7 +27,7 @@ BASE = "base"  # what messages call it
 MOST = 16  # parents: owners are bits of a mask, and moments grow with the square
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Parents:
     """Two or more networks of one architecture, and its permutation symmetry.
 
@@ -80,6 +80,10 @@ class Parents:
             notes += _other_head(symmetry.program, frozen[0], origin)
         notes = (*notes, *_not_matched(symmetry, settings), *ensemble_obstacles(symmetry))
         return cls(names, frozen, symmetry, example, settings, notes, origin)
+
+    def __repr__(self) -> str:
+        kind, units = type(self.modules[0]).__name__, sum(c.size for c in self.symmetry.classes)
+        return f"Parents({', '.join(self.names)}: {kind}, {units:,} units in {len(self.symmetry.classes)} classes)"
 
     @property
     def count(self) -> int:

@@ -123,13 +123,22 @@ def test_importing_datafree_loads_nothing_else() -> None:
     assert loaded("import datafree") - loaded("pass") == {"datafree"}
 
 
+def test_every_public_name_is_listed_and_is_there() -> None:
+    """Names are imported on first use, so a file that moved is noticed here."""
+    assert set(datafree.__all__) <= set(dir(datafree))
+    for name in datafree.__all__:
+        assert getattr(datafree, name)
+    with pytest.raises(AttributeError, match="module 'datafree' has no attribute 'mrege'"):
+        _ = datafree.mrege  # type: ignore[attr-defined]
+
+
 def test_env_renders_no_template_and_draws_nothing() -> None:
     command = COMMAND.format(arguments=["env", "--json"])
     heavy = {"jinja2", "matplotlib", "timm", "diffusers", "kornia", "torchvision"}
     assert loaded(command) & heavy <= loaded("import torch")  # torch itself may load jinja2
 
 
-@pytest.mark.parametrize("name", ["quickstart", "test", "test-all", "test-oldest", "lint", "types"])
+@pytest.mark.parametrize("name", ["quickstart", "test", "test-all", "test-oldest", "lint", "types", "docs"])
 def test_the_makefile_knows_the_commands_the_readme_names(project: Path, name: str) -> None:
     done = subprocess.run(["make", "-n", name], cwd=project, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

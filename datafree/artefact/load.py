@@ -14,6 +14,7 @@ from torch import nn
 
 from datafree.artefact.description import CARD, CONFIG, FORMAT, WEIGHTS, Head
 from datafree.artefact.rebuild import check_description, fill_own, rebuild
+from datafree.artefact.timm_config import own_architecture
 from datafree.cache.store import content_hash, read_safetensors
 from datafree.errors import UsageError
 from datafree.evaluation.evaluate import Labels
@@ -108,6 +109,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
             f"{folder} has format {config.get('format')!r:.40}, and this version of datafree reads format "
             f"{FORMAT}: it was written by datafree {config[ARTEFACT_MARK]!s:.40}, install that version"
         )
+    config = own_architecture(config)
     check_description(config, path)
     return config
 

@@ -32,6 +32,7 @@ from datafree.artefact.description import (
     make_heads,
     plan_table,
 )
+from datafree.artefact.timm_config import as_timm
 from datafree.cache.store import content_hash, plain_tensors, write_safetensors
 from datafree.errors import UsageError
 from datafree.folders import new_folder
@@ -49,7 +50,7 @@ def save(
     name: str = "merged",
     reference: str | None = None,
     arguments: Mapping[str, Any] | None = None,
-    preprocess: Preprocess | None = None,
+    preprocess: Preprocess | Mapping[str, Any] | None = None,
     classes: Sequence[Sequence[str] | None] | None = None,
     license: str | None = None,
     base_models: Sequence[str] = (),
@@ -59,10 +60,18 @@ def save(
 
     reference, arguments: what builds the parents' class, `torchvision:resnet18`; without it the graph is
     saved
+    preprocess: how uint8 images become its input; or a mapping {"size": 32, "mean": [...], "std": [...]}
     classes: label names of each head
     license, base_models: for the model card, as the Hugging Face Hub names them
     Raises UsageError when the folder exists and `overwrite` is not given, RunError when it cannot be written.
     """
+    if not isinstance(result, pleas.MergeResult):
+        raise UsageError(
+            f"save takes one pleas.MergeResult, not a {type(result).__name__}: of what datafree.merge gave, choose "
+            "one, merged[1.0]"
+        )
+    if isinstance(preprocess, Mapping):
+        preprocess = Preprocess.of(preprocess)
     heads = make_heads(head_sizes(result), result.parents.names, classes)
     description = Description(
         name, heads, reference, arguments or {}, preprocess, license=license, base_models=tuple(base_models)
@@ -123,6 +132,9 @@ def write_model(
     config.
     """
     network = pleas.program_config(module)
+    reference, timm = description.reference or "", {}
+    if network is None and reference.startswith("timm:"):
+        timm = as_timm(module, reference, description.arguments, description.input, description.heads)
     config = {
         ARTEFACT_MARK: version("datafree"),
         "format": FORMAT,
@@ -136,6 +148,7 @@ def write_model(
         "plan": plan_table(result.parents, result.plan),
         **description.details,
         "network": network,
+        **timm,
     }
     tensors = plain_tensors(module.state_dict())
     header = {

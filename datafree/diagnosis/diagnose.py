@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +21,16 @@ from datafree.proxy.build import ProxySet
 from pleas.coverage import Cover, cover
 
 Progress = Callable[[str, int, int], None]  # stage, done, total
+
+
+class Pictures(Protocol):
+    """A set of images, such as a `ProxySet`."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, indices: Sequence[int], /) -> Tensor:
+        """The images at `indices`, (n, C, H, W), as the parents' preprocessing takes them."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -155,7 +165,7 @@ def diagnose(
             )
     if len(sets) > 1:
         sets.append(("all", proxies, None))
-    known = None if real is None else _Reference(real, parents, networks, batch, place)
+    known = None if real is None else Reference(real, parents, networks, batch, place)
     found = []
     for number, (name, images, seconds) in enumerate(sets):
         one = examine(name, images, parents, networks, seconds=seconds, real=known, batch=batch, device=place)
@@ -165,7 +175,7 @@ def diagnose(
     return found
 
 
-class _Reference:
+class Reference:
     """Statistics of the real images."""
 
     def __init__(
@@ -191,12 +201,12 @@ class Examined:
 
 def examine(
     name: str,
-    images: ProxySet,
+    images: Pictures,
     parents: Sequence[Parent],
     networks: pleas.Parents,
     *,
     seconds: float | None = None,
-    real: _Reference | None = None,
+    real: Reference | None = None,
     batch: int = 64,
     device: torch.device | None = None,
 ) -> Examined:

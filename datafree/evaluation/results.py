@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, Literal
@@ -126,6 +126,23 @@ class Results:
             "plans": {point.label: dict(plan) for point, plan in self.plans.items()},
             "notes": list(self.notes),
         }
+
+
+def row_values(row: Row, tasks: Sequence[str]) -> dict[str, Any]:
+    """A row as flat values for a table of numbers; None where the network has no answer."""
+    scores = {task: row.evaluation.score(task) for task in tasks}
+    return {
+        "network": row.label,
+        "kind": row.kind,
+        "point": None if row.point is None else row.point.value,
+        **{task: None if found is None else found.accuracy for task, found in scores.items()},
+        "average": row.evaluation.average if len(row.evaluation.tasks) == len(tasks) else None,
+        "joint": row.evaluation.joint,
+        "predicted": row.predicted,
+        "flops": row.flops,
+        "ratio": row.ratio,
+        "parameters": row.parameters,
+    }
 
 
 def columns(results: Results) -> list[str]:

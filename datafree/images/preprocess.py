@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import pydantic
 import torch
@@ -73,6 +74,11 @@ class Preprocess:
         Resized (anti-aliased) only when the size differs; channels follow `match_channels`. Raises UsageError
         for images that are not uint8 (N, 1 or 3, H, W).
         """
+        if not isinstance(images, Tensor):
+            raise UsageError(
+                f"images are a {type(images).__name__}: a uint8 tensor (N, C, H, W) is needed; of a PIL image it is "
+                "torchvision.transforms.functional.pil_to_tensor(image)[None]"
+            )
         if images.dtype != torch.uint8 or images.ndim != 4:
             raise UsageError(
                 f"images are {images.dtype} {tuple(images.shape)}: uint8 of shape (N, C, H, W) is needed, "
@@ -87,6 +93,27 @@ class Preprocess:
         mean = torch.tensor(self.mean, device=pixels.device).view(-1, 1, 1)
         std = torch.tensor(self.std, device=pixels.device).view(-1, 1, 1)
         return (pixels - mean) / std
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any], what: str = "preprocess") -> Preprocess:
+        """From size, mean, std and maybe interpolation, as a recipe spells them; what: the argument they came as.
+
+        Raises UsageError, in one sentence, for a value that is none and for one that is missing.
+        """
+        try:
+            said = PreprocessSpec.model_validate(dict(values))
+        except pydantic.ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            place = "".join(f"[{part!r}]" for part in first["loc"])
+            why = str(first.get("ctx", {}).get("error") or first["msg"])
+            if first["type"] == "extra_forbidden":
+                why = f"unknown key; the keys are {', '.join(PreprocessSpec.model_fields)}"
+            raise UsageError(f"{what}{place}: {why}") from error
+        if said.size is None or said.mean is None or said.std is None:
+            missing = [key for key in ("size", "mean", "std") if getattr(said, key) is None]
+            raise UsageError(f"{what} does not say {' and '.join(missing)}: give size, mean and std")
+        size = (said.size, said.size) if isinstance(said.size, int) else said.size
+        return cls(size, said.mean, said.std, said.interpolation or "bilinear")
 
     def to_dict(self) -> dict[str, object]:
         """Plain values, as a recipe spells them."""

@@ -174,7 +174,7 @@ def _load(spec: ParentSpec, name: str, base: Path, probe: bool, progress: Progre
     state = module.state_dict()
     check_finite(state, str(path or spec.model))
     preprocess = _preprocess(spec, blueprint)
-    outputs = _outputs(module, preprocess)
+    outputs = count_outputs(module, preprocess)
     classes = spec.classes or blueprint.classes
     if classes is not None and len(classes) != outputs:
         raise UsageError(
@@ -201,7 +201,7 @@ def _fill(
     """Give the blueprint's module its weights; returns the file they came from, if one did, and notes."""
     if spec.random_weights:
         return None, ("the weights are random, as the recipe says",)
-    if spec.pretrained:
+    if spec.pretrained and blueprint.weights is None:  # else they lie in a file, beside the architecture
         return None, (
             f"published weights of {spec.model}, fetched or from the local cache, as the recipe allows",
         )
@@ -281,7 +281,7 @@ def _preprocess(spec: ParentSpec, blueprint: Blueprint) -> Preprocess:
     )
 
 
-def _outputs(module: nn.Module, preprocess: Preprocess) -> int:
+def count_outputs(module: nn.Module, preprocess: Preprocess) -> int:
     """Numbers per image that `module` returns, found on fake tensors: shapes only, no arithmetic."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 

@@ -63,7 +63,7 @@ def _misspelt(detail: Any) -> tuple[int | str, ...] | None:
     if detail["type"] != "extra_forbidden":
         return None
     *section, found = detail["loc"]
-    close = difflib.get_close_matches(str(found), _known_keys(Recipe, section), n=1)
+    close = difflib.get_close_matches(str(found), known_keys(Recipe, section), n=1)
     return (*section, close[0]) if close else None
 
 
@@ -92,7 +92,7 @@ def _parts(data: Any) -> Container[Any]:
 def _message(detail: Any, key: Key) -> str:
     kind, context = detail["type"], detail.get("ctx", {})
     if kind == "extra_forbidden":
-        known = _known_keys(Recipe, detail["loc"][:-1])
+        known = known_keys(Recipe, detail["loc"][:-1])
         return f"unknown key{did_you_mean(str(key[-1]), known)}"
     if kind == "missing":
         return "this key is required"
@@ -128,7 +128,7 @@ def did_you_mean(found: str, known: Sequence[str], listed: bool = True) -> str:
     return f"; the keys here are {', '.join(known)}" if listed and known else ""
 
 
-def _known_keys(annotation: Any, loc: Sequence[int | str]) -> list[str]:
+def known_keys(annotation: Any, loc: Sequence[int | str]) -> list[str]:
     """The keys that a section of type `annotation` takes at pydantic's location `loc` inside it."""
     members = _members(annotation)
     if not loc:
@@ -137,14 +137,14 @@ def _known_keys(annotation: Any, loc: Sequence[int | str]) -> list[str]:
     for member in members:
         if _is_spec(member):
             if isinstance(head, str) and head in member.model_fields:
-                return _known_keys(member.model_fields[head].annotation, rest)
+                return known_keys(member.model_fields[head].annotation, rest)
             for variant in (member, *_variants(member)):
                 if head == variant.__name__ or head in _tags(variant):
-                    return _known_keys(variant, rest)
+                    return known_keys(variant, rest)
         elif isinstance(head, int) and typing.get_args(member):
-            return _known_keys(typing.get_args(member)[0], rest)
+            return known_keys(typing.get_args(member)[0], rest)
         elif typing.get_origin(member) is dict:
-            return _known_keys(typing.get_args(member)[1], rest)
+            return known_keys(typing.get_args(member)[1], rest)
     return []
 
 

@@ -3,14 +3,17 @@
 timm:resnet50                        torchvision:resnet50
 python:package.module:callable       python:relative/file.py:callable   (relative to the recipe)
 local-dir:FOLDER                     a folder that this tool or timm saved
+hf-hub:OWNER/NAME[@REVISION]         such a folder in the local cache of the Hugging Face Hub
 """
 
 from __future__ import annotations
 
 import difflib
+import importlib
 import json
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from datafree.errors import UsageError
+from datafree.offline import is_offline
 from datafree.references import user_code
 from datafree.spec import resolve_path
 
@@ -28,6 +32,7 @@ SPELLINGS = (
     "python:package.module:callable",
     "python:relative/file.py:callable",
     "local-dir:FOLDER",
+    "hf-hub:OWNER/NAME",
 )
 ARTEFACT_MARK = "datafree"  # the key in config.json that tells this tool's folders from timm's
 LIBRARIES = ("timm:", "torchvision:")  # kinds that mean the same on every machine and run no code of a file
@@ -40,6 +45,7 @@ WRAPPERS = (
     ("DataParallel", "module"),
     ("DistributedDataParallel", "module"),
 )
+_OF_THE_HUB = ["config.json", "model.safetensors", "pytorch_model.bin"]
 _NAMES = ("model_name", "name")  # what timm and torchvision call the architecture itself
 
 
@@ -109,7 +115,7 @@ def _timm(name: str, arguments: Mapping[str, Any], base: Path, pretrained: bool)
     module = _call(
         timm.create_model, f"timm:{name}", {"model_name": name, "pretrained": pretrained, **arguments}
     )
-    return Blueprint(module, _timm_preprocess(module, arguments), "timm's pretrained_cfg", trained=pretrained)
+    return Blueprint(module, timm_preprocess(module, arguments), "timm's pretrained_cfg", trained=pretrained)
 
 
 @register("torchvision")
@@ -242,6 +248,29 @@ def _local_dir(rest: str, arguments: Mapping[str, Any], base: Path, pretrained: 
     )
 
 
+@register("hf-hub")
+def _hub(rest: str, arguments: Mapping[str, Any], base: Path, pretrained: bool) -> Blueprint:
+    """The network is asked only where the recipe says `pretrained: true` and `allow_download: true`."""
+    hub: Any = importlib.import_module("huggingface_hub")  # timm brings it
+    name, _, revision = rest.partition("@")
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) is None:
+        raise UsageError(f"hf-hub:{rest}: write hf-hub:OWNER/NAME, or hf-hub:OWNER/NAME@REVISION")
+    local = not pretrained or is_offline()
+    try:
+        folder = hub.snapshot_download(
+            name, revision=revision or None, local_files_only=local, allow_patterns=_OF_THE_HUB
+        )
+    except (OSError, ValueError) as error:  # of the hub: not cached, not there, not let in, no network
+        reason = str(error).splitlines()[0]
+        where = "is not in the local cache of the Hub" if local else "could not be fetched"
+        raise UsageError(
+            f"hf-hub:{rest}: {where} ({reason}): fetch it with `huggingface-cli download {name}`, or say `pretrained: "
+            "true` and `allow_download: true`"
+        ) from error
+    found = _local_dir(str(folder), arguments, base, pretrained)
+    return replace(found, source=f"config.json of hf-hub:{rest}")
+
+
 def _from_artefact(folder: Path, rest: str, arguments: Mapping[str, Any]) -> Blueprint:
     from datafree.artefact.load import load
 
@@ -274,14 +303,14 @@ def _from_timm_folder(folder: Path, rest: str, arguments: Mapping[str, Any]) -> 
     classes = tuple(labels) if isinstance(labels, list | tuple) else None
     return Blueprint(
         module,
-        _timm_preprocess(module, arguments),
+        timm_preprocess(module, arguments),
         f"{folder / 'config.json'}",
         weights=files[0],
         classes=classes,
     )
 
 
-def _timm_preprocess(module: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
+def timm_preprocess(module: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
     config = module.pretrained_cfg
     found = {key: config.get(key) for key in ("mean", "std", "interpolation")}
     size = config.get("input_size")

@@ -34,12 +34,17 @@ class Merged:
 
 def check_rows(work: Work, networks: pleas.Parents, images: int) -> None:
     """Raise before any work if `images` cannot give a layer the rows its least squares need, even at 1.0x."""
-    settings, solved = work.settings, int(images * (1 - work.settings.holdout))
     with work.recipe.at("proxy", "count"):
-        places_of = output_places(networks.symmetry, networks.layers)
-        for layer, places in zip(networks.layers, places_of, strict=True):
-            rows = solved * min(places, settings.positions)
-            pleas_check_rows(layer, rows, layer.d_in, settings.min_rows)
+        enough_rows(work.settings, networks, images)
+
+
+def enough_rows(settings: pleas.MergeSettings, networks: pleas.Parents, images: int) -> None:
+    """As `check_rows`, without a recipe. Raises pleas.TooFewRows, naming the layer."""
+    solved = int(images * (1 - settings.holdout))
+    places_of = output_places(networks.symmetry, networks.layers)
+    for layer, places in zip(networks.layers, places_of, strict=True):
+        rows = solved * min(places, settings.positions)
+        pleas_check_rows(layer, rows, layer.d_in, settings.min_rows)
 
 
 def gather_evidence(
@@ -79,10 +84,10 @@ def meaning_of_inputs(work: Work, parents: LoadedParents, inputs: Inputs) -> dic
 def make_plans(work: Work, evidence: pleas.Evidence) -> dict[Point, pleas.Plan]:
     """Which units are fused at every point the recipe asks for."""
     with work.progress.stage("plan"), work.recipe.at("merge"):
-        return {point: _plan(evidence, point) for point in work.points}
+        return {point: plan_for(evidence, point) for point in work.points}
 
 
-def _plan(evidence: pleas.Evidence, point: Point) -> pleas.Plan:
+def plan_for(evidence: pleas.Evidence, point: Point) -> pleas.Plan:
     return pleas.make_plan(
         evidence,
         budget=point.value if point.kind == "budget" else None,

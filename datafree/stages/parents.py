@@ -87,7 +87,7 @@ def load_parents(work: Work, *, probe: bool = False) -> LoadedParents:
         modules, names = [parent.module for parent in parents], [parent.name for parent in parents]
         with recipe.at("parents"):
             pleas.check_parents(modules, work.settings, names=names)
-            merged_input, notes = _merged_input(parents)
+            common, notes = merged_input(parents)
         _check_labels(recipe, parents)
         said = [f"parent {parent.name}: {note}" for parent in parents for note in parent.notes]
         base, spec = None, recipe.recipe.base
@@ -96,7 +96,7 @@ def load_parents(work: Work, *, probe: bool = False) -> LoadedParents:
                 base = load_base(spec, parents[0], recipe.base, probe=probe, progress=work.progress)
                 pleas.check_parents(modules, work.settings, names=names, base=base.module)
             said += [f"the base: {note}" for note in base.notes]
-    return LoadedParents(tuple(parents), merged_input, (*said, *notes), base)
+    return LoadedParents(tuple(parents), common, (*said, *notes), base)
 
 
 def _check_labels(recipe: RecipeFile, parents: Sequence[Parent]) -> None:
@@ -121,7 +121,7 @@ def _check_labels(recipe: RecipeFile, parents: Sequence[Parent]) -> None:
             )
 
 
-def _merged_input(parents: Sequence[Parent]) -> tuple[Preprocess, tuple[str, ...]]:
+def merged_input(parents: Sequence[Parent]) -> tuple[Preprocess, tuple[str, ...]]:
     """How images become the merged network's input: the mean of what the parents see.
 
     Where mean and standard deviation differ, the mean of affine maps of a pixel is one affine map again.

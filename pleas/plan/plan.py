@@ -25,7 +25,7 @@ from pleas.settings import Allocation, MergeSettings
 CHUNKS = 32  # a class is kept apart in steps of 1/32 of its splits
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """The merged units of every class, and what they cost.
 
@@ -42,6 +42,12 @@ class Plan:
     share_apart: float
     saved: float | None = None
     at_stake: float | None = None
+
+    def __repr__(self) -> str:
+        return (
+            f"Plan({self.ratio:.3f}x multiply-adds, {100 * self.share_apart:.0f} % of what may stay apart, in "
+            f"{len(self.classes)} classes of units)"
+        )
 
     @property
     def ratio(self) -> float:
@@ -106,6 +112,12 @@ def _check(budget: float | None, apart: float | None, parents: int) -> None:
         raise InputError(
             f"give exactly one of budget (multiply-adds, 1.0 to {parents}.0) and apart (fraction kept apart, 0 to 1)"
         )
+    for name, value in (("budget", budget), ("apart", apart)):
+        if value is not None and not isinstance(value, int | float):
+            raise InputError(
+                f"{name} = {value!r}: one number is needed; for several networks call make_plan and assemble for each "
+                "of them on the same evidence, or datafree.merge(..., budgets=[...])"
+            )
     if budget is not None and not 1 <= budget <= parents:
         raise InputError(
             f"budget = {budget}: must lie between 1.0 (one parent) and {parents}.0 (all {parents} side by side)"

@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
+import click
 import pytest
+from click.testing import CliRunner
 from rich.console import Console
 
-from datafree.progress import BarProgress, LineProgress, StageProgress, TerminalProgress, bar_on, progress_on
+import datafree.progress
+from datafree.cli import main
+from datafree.errors import UsageError
+from datafree.progress import (
+    BarProgress,
+    LineProgress,
+    LoggedProgress,
+    StageProgress,
+    TerminalProgress,
+    bar_on,
+    progress_on,
+)
 
 
 def test_timings_add_up_over_stages_of_one_name() -> None:
@@ -46,6 +60,64 @@ def test_a_terminal_gets_a_line_per_stage_too() -> None:
         progress.note("[brackets] are not markup")
     assert "statistics" in stream.getvalue()
     assert "[brackets] are not markup" in stream.getvalue()
+
+
+def test_a_long_stage_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream, now = io.StringIO(), [0.0]
+    monkeypatch.setattr(datafree.progress.time, "monotonic", lambda: now[0])
+    progress = LineProgress(stream, every=30)
+    with progress.stage("proxies"):
+        for step in range(7):
+            now[0] += 10
+            progress("proxy", step, 7)
+    assert stream.getvalue().splitlines()[:2] == [
+        "proxies: proxy 2/7 after 30 s",
+        "proxies: proxy 5/7 after 60 s",
+    ]
+
+
+def asked(*options: str) -> StageProgress:
+    """What a command with these options shows its progress on."""
+    command = main.commands["check"]
+    context = command.make_context("check", ["x.yaml", *options], parent=click.Context(main))
+    with context.scope():
+        return progress_on(io.StringIO())
+
+
+def test_commands_are_quiet_talkative_and_keep_a_file(tmp_path: Path) -> None:
+    assert type(asked("-q")) is StageProgress
+    assert type(asked()) is LineProgress
+    talkative = asked("-v")
+    assert isinstance(talkative, LineProgress)
+    with talkative.stage("plan"):
+        assert talkative._stream.getvalue() == "plan begins\n"  # type: ignore[attr-defined]
+    with pytest.raises(click.UsageError, match="-q and -v are given together"):
+        asked("-v", "-q")
+    log = tmp_path / "log.txt"
+    for _ in range(2):
+        kept = asked("-q", "--log-file", str(log))
+        assert isinstance(kept, LoggedProgress)
+        with pytest.raises(KeyError), kept, kept.stage("plan"):
+            raise KeyError(kept.note("seen") or "lost")
+        assert kept.notes == ["seen"]
+    lines = [line[20:] for line in log.read_text().splitlines()]
+    assert [line.split("  ")[0] for line in lines[:3]] == ["plan begins", "note: seen", "plan"]
+    assert log.read_text().count("stopped: KeyError: 'lost'") == 2
+    with pytest.raises(UsageError, match=r"--log-file .*cannot be written .*: name another"):
+        asked("--log-file", str(tmp_path / "none" / "log.txt"))
+
+
+def test_every_command_on_a_recipe_takes_them() -> None:
+    for name, command in main.commands.items():
+        options = {option for parameter in command.params for option in parameter.opts}
+        works = any(parameter.name == "recipe" for parameter in command.params)
+        assert ({"-q", "-v", "--log-file"} <= options) == works, name
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shells_complete(shell: str) -> None:
+    done = CliRunner().invoke(main, prog_name="datafree", env={"_DATAFREE_COMPLETE": f"{shell}_source"})
+    assert "_datafree_completion" in done.output
 
 
 def test_one_run_of_many_leaves_no_line_behind() -> None:
