@@ -193,6 +193,7 @@ class Case:
     def _told(self, result: pleas.MergeResult) -> Row:
         return {
             "propagate": result.propagate,
+            "targets": result.targets,
             "held_out_error": result.held_out_error,
             "tried": [[value, error] for value, error in result.tried.items()],
             "ratio": result.ratio,

@@ -73,7 +73,12 @@ class Evidence:
         if self.given is not None or targets == "mean":
             return uneven(self.given)
         if targets == "auto":
-            return uneven(self.domains.shares) if self.contradictions and self.domains is not None else None
+            heads = self.parents.settings.heads
+            return (
+                uneven(self.domains.shares)
+                if self.domains is not None and self.domains.differ(heads)
+                else None
+            )
         if self.domains is None:
             raise InputError(NO_DOMAINS)
         return uneven(self.domains.shares)

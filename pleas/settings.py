@@ -28,7 +28,8 @@ class MergeSettings:
                 the parents' inputs: 0 solves every layer by itself, 1 only on what it will meet; "auto" tries
                 CANDIDATES and keeps the one whose logits are nearest to the parents' on held-out images
     targets:    what every layer is to give for an image: "mean", the parents' mean; "own", mostly what the parent gives
-                whose batch norms the image fits best; "auto", that only where parents contradict each other
+                whose batch norms the image fits best; "auto", that only where parents contradict each other, or,
+                with a head each, where the images of one are foreign to another
     ridge:      relative to the mean diagonal of the Gram matrix, towards the partial-merge weights
     head_ridge: the same for the layers whose outputs are the network's
     rows:       rows collected per unknown of a layer, over all images; a seeded choice of positions (decision 0002)

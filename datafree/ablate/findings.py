@@ -80,6 +80,11 @@ class Findings:
     lines: tuple[Line, ...]
 
     @property
+    def seeds(self) -> list[int]:
+        """Those of the finished cells."""
+        return sorted({cell.seed for cell in self.cells if cell.fingerprint in self.entries})
+
+    @property
     def recipes(self) -> list[str]:
         return list(dict.fromkeys(line.recipe for line in self.lines))
 

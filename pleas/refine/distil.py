@@ -59,15 +59,15 @@ class Teacher:
 class Teachers:
     """All parents as one teacher: their logits side by side, or for a shared head their mean.
 
-    typical: how far each parent's own images are from it (`pleas.statistics.domains`), for a mean in which the parent
-             counts most whose domain an image is of; None: all count alike
+    typical: how far each parent's own images are from it (`pleas.statistics.domains`), so that in every image the
+             parent counts most whose domain it is of, in the mean or head by head; None: all count alike
     """
 
     def __init__(
         self, teachers: Sequence[Teacher], normalise: Normalise, shared: bool, typical: Tensor | None = None
     ) -> None:
         self._teachers, self._normalise, self.shared = tuple(teachers), normalise, shared
-        self._typical = typical if shared else None
+        self._typical = typical
 
     @property
     def names(self) -> list[str]:
@@ -155,19 +155,38 @@ class Objective:
     settings: RefineSettings
     scale: float = 1.0
 
-    def __call__(self, output: Tensor, target: Tensor) -> Tensor:
-        """Mean over heads of T^2 KL(target / T || output / T) + logit_weight * mean squared error."""
-        return self.each(output, target).mean()
+    def __call__(self, output: Tensor, target: Tensor, shares: Tensor | None = None) -> Tensor:
+        """Mean over heads of T^2 KL(target / T || output / T) + logit_weight * mean squared error.
 
-    def each(self, output: Tensor, target: Tensor) -> Tensor:
+        shares: how much each of several heads counts in an image, (N, heads)
+        """
+        return self.each(output, target, shares).mean()
+
+    def each(self, output: Tensor, target: Tensor, shares: Tensor | None = None) -> Tensor:
         """The same image by image: (N,)."""
         output = output.float()
+        if shares is not None and len(self.heads) > 1:
+            return self._by_head(output, target, shares)
         squared = (output - target).square().mean(1)
         if self.outputs == "values":
             return squared / self.scale
         losses = [self._divergence(output[:, head], target[:, head]) for head in self.heads.values()]
         loss = torch.stack(losses).mean(0) + self.settings.logit_weight * squared
         if self.settings.joint_weight and len(self.heads) > 1:
+            loss = loss + self.settings.joint_weight * self._divergence(output, target)
+        return loss
+
+    def _by_head(self, output: Tensor, target: Tensor, shares: Tensor) -> Tensor:
+        losses = []
+        for head in self.heads.values():
+            ours, theirs = output[:, head], target[:, head]
+            squared = (ours - theirs).square().mean(1)
+            if self.outputs == "values":
+                losses.append(squared / self.scale)
+            else:
+                losses.append(self._divergence(ours, theirs) + self.settings.logit_weight * squared)
+        loss = (torch.stack(losses, 1) * shares.to(output)).sum(1)
+        if self.settings.joint_weight and self.outputs == "logits":
             loss = loss + self.settings.joint_weight * self._divergence(output, target)
         return loss
 

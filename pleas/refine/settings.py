@@ -20,8 +20,9 @@ class RefineSettings:
     batch:        images per step
     rate:         highest learning rate (Adam): a linear rise over the share `warmup` of the run, then a
                   cosine to zero
-    targets:      what a shared head learns of an image: "mean", the mean of the parents' logits; "own", mostly those of
-                  the parent whose batch norms the image fits best; "auto", that only where they contradict each other
+    targets:      what is learnt of an image: "mean", the mean of the parents' logits, or every head's alike; "own",
+                  mostly those of the parent whose batch norms it fits best; "auto", that only where parents contradict
+                  each other, or, with a head each, where the images of one are foreign to another
     temperature:  both sides' logits are divided by it before the softmax
     logit_weight: weight of the mean squared error of the logits, beside the cross-entropy
     joint_weight: weight of the cross-entropy over the labels of both heads together (separate heads only)

@@ -39,6 +39,7 @@ from pleas.statistics.domains import NO_DOMAINS, look
 
 Progress = Callable[[str, int, int], None]
 Renew = Callable[[nn.Module, int], Tensor]
+Heard = tuple[list[Tensor], Tensor | None]  # every parent's outputs, and how much each counts
 
 FORMAT = 5
 DIVERGED = 3.0  # a held-out loss this many times the start's and that of a network blind to its input
@@ -242,7 +243,7 @@ def _whose(
     device: torch.device,
 ) -> tuple[Tensor | None, tuple[str, ...]]:
     """How far each parent's own images are from it, where that decides what is learnt; and what is to be said of it."""
-    if not shared or settings.targets == "mean":
+    if settings.targets == "mean":
         return None, ()
     seen = (
         [(one.normalise or normalise)(part.to(device)) for one in teachers] for part in images.split(_AT_ONCE)
@@ -252,9 +253,9 @@ def _whose(
         if settings.targets == "own":
             raise InputError(NO_DOMAINS)
         return None, ()
-    if settings.targets == "auto" and not domains.contradictions:
+    if settings.targets == "auto" and not domains.differ("shared" if shared else "separate"):
         return None, ()
-    return domains.typical, tuple(map(str, domains.contradictions))
+    return domains.typical, tuple(map(str, domains.contradictions)) if shared else ()
 
 
 def _check_state(state: State, identity: Mapping[str, Any]) -> None:
@@ -301,11 +302,13 @@ class _Judge:
             )
         outputs, note = kind_of_outputs(answers)
         self.notes = [note] if note else []
-        self._target = parents.together(list(answers.values()), torch.cat(shares) if shares else None)
+        self._shares = torch.cat(shares) if shares else None
+        self._target = parents.together(list(answers.values()), self._shares)
         spread = float(self._target.var(0).mean()) if outputs == "values" else 0.0
         heads = heads_of(sizes, parents.shared)
         self.objective = Objective(heads, outputs, settings, spread or 1.0)
-        self.blind = float(self.objective(self._target.mean(0).expand_as(self._target), self._target))
+        mean = self._target.mean(0).expand_as(self._target)
+        self.blind = float(self.objective(mean, self._target, self._shares))
 
     @torch.no_grad()
     def __call__(self, network: nn.Module) -> Look:
@@ -316,11 +319,16 @@ class _Judge:
                 f"the merged network returns {output.shape[1]} outputs per image and its parents' heads have "
                 f"{self._target.shape[1]}: `heads` must be what the merge was made with"
             )
-        losses = self.objective.each(output, self._target).double()
+        losses = self.objective.each(output, self._target, self._shares).double()
         agreement = self.objective.agreement(output, self._target)
-        agreed = torch.stack(list(agreement.values())).mean(0)
-        shares = {name: float(part.mean()) for name, part in agreement.items()}
-        return Look(Closeness(float(losses.mean()), shares), losses, agreed)
+        parts = torch.stack(list(agreement.values()), 1)
+        if self._shares is None or len(agreement) == 1:
+            agreed, shares = parts.mean(1), parts.mean(0)
+        else:
+            agreed = (parts * self._shares).sum(1)
+            shares = (parts * self._shares).sum(0) / self._shares.sum(0).clamp_min(TINY)
+        told = dict(zip(agreement, shares.tolist(), strict=True))
+        return Look(Closeness(float(losses.mean()), told), losses, agreed)
 
 
 @dataclass
@@ -336,7 +344,7 @@ class _Lesson:
     layout: torch.memory_format
     features: Features | None = None
     renewed: list[Tensor] = field(default_factory=list)
-    _known: dict[int, Tensor] = field(default_factory=dict)  # answers to batches that come round again
+    _known: dict[int, Heard] = field(default_factory=dict)  # answers to batches that come round again
     _first: Batches | None = None
 
     def renew(self, images: Tensor) -> None:
@@ -357,24 +365,25 @@ class _Lesson:
     def loss(self, network: nn.Module, step: int) -> Tensor:
         number = self.batches.number(step)
         images = self.batches(number).to(self.device, non_blocking=True)
-        target = self._known.get(number)
+        known = self._known.get(number)
         wanted: list[Tensor] = []
         if self.features is not None:  # too large to be remembered
             answers, wanted = self.features.targets(self.parents.inputs(images))
-            target = self.parents.together(answers, self.parents.heard(images)[1])
-        elif target is None:
-            target = self.parents(images)
+            known = answers, self.parents.heard(images)[1]
+        elif known is None:
+            known = self.parents.heard(images)
             if self.settings.views:
-                self._known[number] = target
+                self._known[number] = known
+        target, shares = self.parents.together(*known), known[1]
         half = self.settings.half and self.device.type == "cuda"
         with torch.enable_grad():
             with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
                 seen = laid_out(self.normalise(images), self.layout)
                 if self.features is None:
-                    return self.objective(network(seen), target)
+                    return self.objective(network(seen), target, shares)
                 output, found = self.features.run(network, seen)
             near = self.features.distance(found, wanted)
-            return self.objective(output, target) + self.settings.feature_weight * near
+            return self.objective(output, target, shares) + self.settings.feature_weight * near
 
 
 class _Run:

@@ -101,6 +101,7 @@ class Equations:
     layer: Layer
     prior: Prior
     count: int = 0
+    total: float = 0.0  # of what the rows count
     _shift: Tensor = field(default_factory=lambda: torch.empty(0))
     _first: Tensor = field(default_factory=lambda: torch.empty(0))
     _gram: Tensor = field(default_factory=lambda: torch.empty(0))
@@ -111,19 +112,31 @@ class Equations:
     )  # (2, groups, o): sums of t - shift and its square
     _target_shift: Tensor = field(default_factory=lambda: torch.empty(0))
 
-    def add(self, z: Tensor, t: Tensor) -> None:
-        """A batch of rows and their targets."""
+    def add(self, z: Tensor, t: Tensor, shares: Tensor | None = None) -> None:
+        """A batch of rows and their targets; shares: (n,) how much each row counts, not negative."""
         left = self.prior.left(z, t)
         if not self.count:
             self._start(z, t)
         centred, target = z - self._shift[:, None].to(z), t - self._target_shift[:, None].to(t)
         self.count += z.shape[1]
-        self._first += centred.sum(1, dtype=torch.float64)
+        self.total += z.shape[1] if shares is None else float(shares.double().sum())
+        if shares is not None:  # every sum is of products of two of these, or of one and a root
+            root = shares.to(z).sqrt()[:, None]
+            self._add(centred * root, left * root, target * root, root)
+        else:
+            self._add(centred, left, target, None)
+
+    def _add(self, centred: Tensor, left: Tensor, target: Tensor, root: Tensor | None) -> None:
+        self._first += (centred if root is None else centred * root).sum(1, dtype=torch.float64)
         self._cross += left.mT @ centred
         add_products(self._gram, centred)
         for sums, values in ((self._left, left), (self._target, target)):
-            sums[0] += values.sum(1, dtype=torch.float64)
+            sums[0] += (values if root is None else values * root).sum(1, dtype=torch.float64)
             sums[1] += values.square().sum(1, dtype=torch.float64)
+
+    @property
+    def _n(self) -> float:
+        return self.total if self.total > 0 else 1.0
 
     def _start(self, z: Tensor, t: Tensor) -> None:
         groups, _, d = z.shape
@@ -140,7 +153,7 @@ class Equations:
         A layer without a bias of its own is solved about the origin instead of about the mean. Raises TooFewRows,
         NonFinite.
         """
-        layer, n = self.layer, max(1, self.count)
+        layer, n = self.layer, self._n
         check_rows(
             layer, self.count, layer.taps * _most(blocks) if layer.groups == 1 else layer.d_in, min_rows
         )
@@ -179,7 +192,7 @@ class Equations:
 
     def moments(self) -> tuple[Tensor, Tensor]:
         """Cov z, (d, d), and E z, (d,), of an ungrouped layer."""
-        n = max(1, self.count)
+        n = self._n
         offset = (self._first / n).cpu()
         gram = symmetric(self._gram.cpu()).double() / n - offset[:, :, None] * offset[:, None, :]
         return gram[0], (self._shift.cpu() + offset)[0]
@@ -187,7 +200,7 @@ class Equations:
     def error(self, weight: Tensor, bias: Tensor) -> float:
         """E |W z + b - t|^2 on these rows, summed over the outputs of an ungrouped layer."""
         gram, mean = self.moments()
-        n = max(1, self.count)
+        n = self._n
         left, offset = (self._left[0, 0] / n).cpu(), (self._first[0] / n).cpu()
         cross = (self._cross[0] / n).cpu() - torch.outer(left, offset)
         step = weight - self.prior.weight[0].cpu()

@@ -30,6 +30,7 @@ from pleas.layers.layer import (
     Layer,
     batch_dim,
     find_norms,
+    is_wide,
     layer_rows,
     output_extents,
     unflatten_weight,
@@ -236,15 +237,18 @@ class _Walk:
         equations = self.shared.get(layer.name)
         if equations is None:
             prior = prior_of(layer, [layer.matrix(state) for state in self.states], inputs, outputs)
-            each = [equations_of(merged, prior) for _ in self.solved]
+            owners = self._owners_of_heads(layer)
+            sets = [[equations_of(merged, prior) for _ in self.solved] for _ in owners]
             addends = _addends(layer, node, self.nodes)
             for c in range(len(self.chunks)):
-                self._add_rows(layer, merged, node, c, each, addends)
+                for owner, each in zip(owners, sets, strict=True):
+                    self._add_rows(layer, merged, node, c, each, addends, owner)
         else:
-            each = [equations] * len(self.solved)
+            owners, sets = [None], [[equations] * len(self.solved)]
         ridge = self.settings.head_ridge if self._is_head(layer) else self.settings.ridge
-        for one, sums in zip(self.solved, each, strict=True):
-            solution = sums.solve(blocks, ridge, self.settings.min_rows)
+        for one, *each in zip(self.solved, *sets, strict=True):
+            found_by = [sums.solve(blocks, ridge, self.settings.min_rows) for sums in each]
+            solution = found_by[0] if len(found_by) == 1 else by_owner(found_by, outputs)
             _check_solution(layer, solution)
             one.layers[layer.name] = solution
             found = unfold(layer, solution, self.evidence.states, outputs)
@@ -252,6 +256,16 @@ class _Walk:
             if len(blocks) > 1:
                 module = block_layer(layer, blocks, self.layouts, one.state)
                 one.modules[layer.name] = module.to(self.chunks[0][0].device)
+
+    def _owners_of_heads(self, layer: Layer) -> list[int | None]:
+        """The parents whose images count for outputs of their own: every head of several is fitted by itself.
+
+        [None] where all outputs are fitted together.
+        """
+        alone = self.shares is None or self.settings.heads == "shared" or not self._is_head(layer)
+        if alone or is_wide(layer) or layer.groups > 1:
+            return [None]
+        return list(range(self.parents.count))
 
     def _is_head(self, layer: Layer) -> bool:
         units = self.parents.symmetry.axis(layer.weight, 0).cls
@@ -265,6 +279,7 @@ class _Walk:
         c: int,
         each: Sequence[Equations | KeptRows],
         addends: Sequence[_Addend],
+        owner: int | None = None,
     ) -> None:
         source: fx.Node = node.args[0]  # type: ignore[assignment]
         count = self.parents.count
@@ -279,14 +294,15 @@ class _Walk:
             if one.propagate > 0:
                 for addend in addends:
                     t = self._corrected(t, addend, node, count + k, c)
-            sums.add(
-                rows_of(
-                    merged, images_first(z, source)[kept], None if positions is None else positions[kept]
-                ),
-                target_rows(
-                    merged, images_first(t, node)[kept], None if positions is None else positions[kept]
-                ),
-            )
+            places = None if positions is None else positions[kept]
+            rows = rows_of(merged, images_first(z, source)[kept], places)
+            wanted = target_rows(merged, images_first(t, node)[kept], places)
+            if owner is None:
+                sums.add(rows, wanted)
+            else:
+                assert isinstance(sums, Equations)
+                share = self._share(c, _first(target, node))[kept, owner]
+                sums.add(rows, wanted, share.repeat_interleave(rows.shape[1] // max(1, len(share))))
 
     def _targets(self, layer: Layer, node: fx.Node, c: int) -> Tensor:
         """The owners' mean output of a layer, the batch norm behind it included, in the merged layout."""
@@ -313,9 +329,14 @@ class _Walk:
         several = isinstance(node.meta["val"], tuple | list)  # a norm, which gives its statistics, too
         dim = batch_dim(node.args[0] if several else node)  # type: ignore[arg-type]
         shape = [-1 if d == dim else 1 for d in range(values[0].dim())]
-        share = self.shares[self.starts[c] : self.starts[c + 1]]
-        share = share.repeat_interleave(max(1, values[0].shape[dim] // len(share)), 0).to(values[0])
+        share = self._share(c, values[0].shape[dim]).to(values[0])
         return mean_of_owners(values, widened, [column.view(shape) for column in share.unbind(1)])
+
+    def _share(self, c: int, entries: int) -> Tensor:
+        """(entries, parents) of the batch dimension, how much each parent counts there."""
+        assert self.shares is not None
+        share = self.shares[self.starts[c] : self.starts[c + 1]]
+        return share.repeat_interleave(max(1, entries // len(share)), 0)
 
     def _corrected(self, target: Tensor, addend: _Addend, node: fx.Node, lane: int, c: int) -> Tensor:
         """The target plus what another branch lacks of the owners' mean."""
@@ -431,6 +452,12 @@ class _Walk:
 
     # the end --------------------------------------------------------------------------------------------------------
 
+    def _counts(self, output: fx.Node, target: Tensor, shares: Tensor) -> Tensor:
+        """How much every number of separate heads counts, (images, outputs): as its owner in that image."""
+        masks = self.layouts.value(output, target.dim() - 1).masks
+        owner = torch.stack([masks >> p & 1 for p in range(self.parents.count)]).argmax(0)
+        return shares[:, owner.to(shares.device)]
+
     def _judge(self, output: Any) -> None:
         count = self.parents.count
         held = self.held if bool(self.held.any()) else ~self.held
@@ -441,9 +468,35 @@ class _Walk:
             for k, parts in enumerate(found):
                 parts.append(self.values[count + k][output][c][here])
         target = torch.cat(targets).double()
+        if self.shares is not None and self.settings.heads == "separate":
+            counts = self._counts(output, target, self.shares[held].to(target))
+            for one, parts in zip(self.solved, found, strict=True):
+                one.held_out_error = weighted_error(torch.cat(parts), target, counts)
+            return
         spread = (target - target.mean(0)).square().sum().clamp_min(torch.finfo(torch.float64).tiny)
         for one, parts in zip(self.solved, found, strict=True):
             one.held_out_error = float((torch.cat(parts) - target).square().sum() / spread)
+
+
+def by_owner(solutions: Sequence[LayerSolution], outputs: Layout) -> LayerSolution:
+    """Every output of the solution on its owner's images; solutions: one a parent."""
+    owner = torch.stack([outputs.masks >> p & 1 for p in range(len(solutions))]).argmax(0)
+    rows = torch.arange(len(owner))
+
+    def chosen(name: str) -> Tensor:
+        return torch.stack([getattr(one, name) for one in solutions])[owner, rows]
+
+    return replace(
+        solutions[0],
+        **{name: chosen(name) for name in ("weight", "bias", "mean", "variance", "residual", "target")},
+    )
+
+
+def weighted_error(found: Tensor, target: Tensor, counts: Tensor) -> float:
+    """Squared error relative to the target's variance, every number weighted; all three (N, K)."""
+    mean = (counts * target).sum(0) / counts.sum(0).clamp_min(torch.finfo(counts.dtype).tiny)
+    spread = (counts * (target - mean).square()).sum().clamp_min(torch.finfo(torch.float64).tiny)
+    return float((counts * (found - target).square()).sum() / spread)
 
 
 def follows_images(graph: fx.Graph) -> frozenset[fx.Node]:

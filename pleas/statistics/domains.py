@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from pleas.settings import Heads
 from pleas.symmetry import logits_of
 
 SHARPNESS = 2.0  # shares fall with this power of the distance
@@ -54,6 +55,20 @@ class Domains:
     def owners(self) -> Tensor:
         """(images,), the parent that each image fits best."""
         return self.shares.argmax(1)
+
+    def differ(self, heads: Heads) -> bool:
+        """Whether every parent is to be followed on its own images only: those of one are foreign to another, and, with
+        one head for all, it outvotes the one there."""
+        if heads == "shared":
+            return bool(self.contradictions)
+        relative, owners = self.distances / self.typical.clamp_min(TINY), self.owners
+        parents = range(len(self.names))
+        return any(
+            float(relative[owners == parent, other].median()) > FOREIGN
+            for parent in parents
+            for other in parents
+            if other != parent and bool((owners == parent).any())
+        )
 
     @property
     def contradictions(self) -> tuple[Contradiction, ...]:

@@ -798,6 +798,11 @@ def test_the_target_is_that_of_the_parent_whose_image_it_is() -> None:
     assert torch.equal(plain(images), torch.stack(answers).mean(0))
     separate = Teachers(teachers, normalise, False, domains.typical)
     assert torch.equal(separate(images), torch.cat(answers, 1))
+    both, x = torch.cat(answers, 1), torch.randn(160, 8, generator=torch.Generator().manual_seed(0))
+    heads = {"a": slice(0, 4), "b": slice(4, 8)}
+    found = Objective(heads, "logits", SHORT).each(x, both, shares)
+    alone = [Objective({"": slice(0, 4)}, "logits", SHORT).each(x[:, h], both[:, h]) for h in heads.values()]
+    torch.testing.assert_close(found, shares[:, 0] * alone[0] + shares[:, 1] * alone[1])
 
 
 def test_refining_towards_the_owners_answers_comes_closer_to_them() -> None:

@@ -354,3 +354,15 @@ def test_damped_solve_counts_eigenvalues_below_zero_as_zero() -> None:
     torch.testing.assert_close(damped_solve(matrix, damping, right, "fc"), expected, **F64)
     with pytest.raises(NonFinite, match="layer 'fc'"):
         damped_solve(matrix * float("inf"), damping, right, "fc")
+
+
+def test_rows_count_by_their_shares() -> None:
+    """Shares of whole numbers are as if rows came that often."""
+    s = Setting(*PLANS[1])
+    z, t, often = s.z[None], s.t[None], torch.arange(300) % 4
+    weighted, repeated = Equations(s.layer, s.prior), Equations(s.layer, s.prior)
+    weighted.add(z, t, often.double())
+    repeated.add(z.repeat_interleave(often, 1), t.repeat_interleave(often, 1))
+    one, other = (sums.solve(s.blocks, 1e-2, 0.25) for sums in (weighted, repeated))
+    for name in ("weight", "bias", "mean", "variance", "residual", "target"):
+        torch.testing.assert_close(getattr(one, name), getattr(other, name), **F64)

@@ -82,3 +82,26 @@ def test_a_merged_with_itself_is_a(name: str) -> None:
     for other in (a, permuted_copy(name)):
         result = pleas.merge([a, other], list(x.split(32)), budget=1.0, settings=settings)
         assert difference(outputs(result.module, x), outputs(a, x)) < 1e-3
+
+
+def test_every_head_of_several_is_fitted_on_its_own_parents_images() -> None:
+    """One-hot shares: a head's rows are those of a fit in which no other image is seen."""
+    modules = relatives("residual", 2, 0.5)
+    settings = replace(NEAR, heads="separate", ridge=1e-3)
+    given = torch.eye(2).repeat(48, 1)
+    evidence = replace(evidence_of("residual", modules, settings), given=given)
+    result = pleas.assemble(evidence, pleas.make_plan(evidence, budget=1.0))
+    x = images("residual")
+    held = held_out(96, settings.holdout, settings.seed)
+    found, answers = outputs(result.module, x), [outputs(parent, x) for parent in modules]
+    count = answers[0].shape[1]
+    error, spread = 0.0, 0.0
+    for p in range(2):
+        own = torch.arange(96) % 2 == p
+        ours, theirs = found[:, p * count : (p + 1) * count], answers[p]
+        fitted = own & ~held
+        # Least squares with an intercept leaves no mean error on the rows it was fitted on.
+        assert float((ours - theirs)[fitted].mean(0).abs().max()) < 1e-3 * float(theirs.std())
+        error += float((ours - theirs)[own & held].square().sum())
+        spread += float((theirs[own & held] - theirs[own & held].mean(0)).square().sum())
+    assert result.held_out_error == pytest.approx(error / spread, rel=1e-3)

@@ -70,7 +70,10 @@ def test_a_parent_is_contradicted_only_where_a_stranger_outvotes_it() -> None:
     ]
     assert not domains(distances, [right, right]).contradictions  # far away, but of one mind
     assert not domains(distances, [right, sure / 18]).contradictions  # outvoted
+    assert domains(distances, [right, right]).differ("separate")  # heads of their own only have to stay apart
+    assert not domains(distances, [right, right]).differ("shared")
     closer = distances.clamp_max(FOREIGN)
+    assert not domains(closer, [right, right]).differ("separate")
     assert not domains(closer, [right, sure]).contradictions  # its own domain: they differ as two opinions do
 
 
