@@ -7,6 +7,7 @@ keeps its traceback.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import signal
@@ -36,6 +37,9 @@ class Commands(click.Group):
             _say(_interrupted(ctx.invoked_subcommand))
             ctx.exit(128 + (signal.SIGTERM if isinstance(interruption, Terminated) else signal.SIGINT))
         except Exception as error:
+            if isinstance(error, OSError) and error.errno in DISK:
+                _say(f"error: {_disk_failed(error, ctx.invoked_subcommand)}")
+                ctx.exit(1)
             code = _exit_code(error)
             if code is None:
                 raise
@@ -93,6 +97,19 @@ def _exit_code(error: Exception) -> int | None:
     if pleas is not None and isinstance(error, pleas.PleasError):
         return 2 if isinstance(error, pleas.InputError) else 1
     return None
+
+
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)  # what a disk may do to any write
+
+
+def _disk_failed(error: OSError, command: str | None) -> str:
+    """What is said of a write that failed where nobody expected it."""
+    kept = "; finished stages are kept" if command in KEEPS else ""
+    where = "a file" if error.filename is None else error.filename
+    return (
+        f"{where} could not be written or read ({error.strerror}): free space or mend the disk, and run the same "
+        f"command again{kept}"
+    )
 
 
 @contextmanager

@@ -201,6 +201,8 @@ def _default(field: FieldInfo) -> str:
         return "its own defaults"
     if value is None or value in ((), {}):
         return "absent"
+    if isinstance(value, tuple) and all(isinstance(one, Spec) for one in value):
+        return f"`[{', '.join(str(getattr(one, 'method', 'its own defaults')) for one in value)}]`"
     return f"`{str(value).lower() if isinstance(value, bool) else value}`"
 
 

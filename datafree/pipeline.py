@@ -1,15 +1,15 @@
 """The front door: `run(recipe, out)` reads as the data flow.
 
 recipe -> parents -> images -> symmetry -> proxies -> statistics -> matching -> diagnosis -> plan -> least squares
-       -> refine -> comparators -> oracle -> evaluation -> report
+       -> refine -> comparators -> oracle -> evaluation -> latency -> report
 """
 
 from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from datafree.artefact.export import check_export, write_exports
 from datafree.artefact.save import write_model
 from datafree.environment import machine, versions
 from datafree.evaluation.results import Results, Row, row_values
+from datafree.evaluation.verdict import verdict
 from datafree.folders import check_output, new_folder
 from datafree.images.image_set import ImageSet
 from datafree.models.parent import Parent
@@ -26,6 +27,7 @@ from datafree.progress import StageProgress
 from datafree.proxy import ProxySet
 from datafree.recipe.file import RecipeFile
 from datafree.report.pages import html_report, model_card
+from datafree.report.sheets import proxy_sheets
 from datafree.stages import (
     LoadedParents,
     Merged,
@@ -39,17 +41,21 @@ from datafree.stages import (
     evaluate_all,
     exact_arithmetic,
     gather_evidence,
+    hold_out,
     judge_proxies,
+    layer_similarity,
     load_oracle,
     load_parents,
     load_tasks,
     make_plans,
     make_proxies,
     make_refine_proxies,
+    measure_barriers,
     merge_real,
     proxy_inputs,
     refine_merged,
     solve_plans,
+    time_networks,
     trace_parents,
 )
 from datafree.text import json_text
@@ -134,15 +140,19 @@ def run(
         looks = judge_proxies(work, parents, proxies, evidence)
         plans = make_plans(work, evidence)
         merged = solve_plans(work, parents, evidence, plans)
-        refined = refine_merged(
-            work, parents, evidence, [proxies] if more is None else [proxies, more], merged
-        )
+        every = [proxies] if more is None else [proxies, more]
+        refined = refine_merged(work, parents, evidence, every, merged)
         compared = compare_methods(work, parents, evidence, methods)
         oracles = merge_real(work, parents, networks, real)
         cautions = caution(networks, compared)
-        rows, curves = evaluate_all(work, parents, tasks, compared, merged, refined, oracles, cautions)
+        held = hold_out(work, every, evidence)
+        rows, curves = evaluate_all(work, parents, tasks, compared, merged, refined, oracles, cautions, held)
+        barriers = measure_barriers(work, parents, evidence, tasks)
+        final = refined or merged
+        latency = time_networks(work, parents, {one.point.label: one.result.module for one in final})
         with work.progress.stage("report"):
-            results = _results(work, parents, networks, proxies, merged, rows)
+            results = _results(work, parents, networks, proxies, merged, rows, looks)
+            results = replace(results, barriers=barriers)
             seconds = time.perf_counter() - started
             record = _record(work, parents, proxies, more, real, seconds, command)
             record["proxies"]["diagnosis"] = looks
@@ -152,7 +162,8 @@ def run(
                 for one in refined
                 if one.refined
             }
-            final = refined or merged
+            record["latency"] = latency
+            record["similarity"] = layer_similarity(evidence)
             artefacts = _write(work, out, parents, proxies, final, results, record, overwrite, export)
     return Outcome(out, artefacts, final, results, record)
 
@@ -167,7 +178,9 @@ def _results(
     proxies: ProxySet,
     merged: Sequence[Merged],
     rows: tuple[Row, ...],
+    looks: Mapping[str, Any],
 ) -> Results:
+    """The numbers, and every note: those that were not said when they came up are said now."""
     recipe = work.recipe.recipe
     plans = {
         one.point: {
@@ -191,7 +204,11 @@ def _results(
         *_dead(merged),
         *work.progress.notes,
     ]
-    return Results(
+    notes = list(dict.fromkeys(notes))
+    for note in notes:
+        if note not in work.progress.notes:
+            work.progress.note(note)
+    results = Results(
         name=recipe.name,
         fingerprint=recipe.fingerprint(),
         labels=recipe.labels,
@@ -199,8 +216,10 @@ def _results(
         rows=rows,
         layers={one.point: one.result.layers for one in merged},
         plans=plans,
-        notes=tuple(dict.fromkeys(notes)),
+        notes=tuple(notes),
     )
+    seen = {source["source"]: source["looks"] for source in looks["sources"]}
+    return replace(results, verdict=verdict(results, seen, refined=recipe.refine is not None))
 
 
 def _dead(merged: Sequence[Merged]) -> list[str]:
@@ -229,6 +248,7 @@ def _record(
         "device": str(work.device),
         "command": shlex.join(command),
         "seconds": round(seconds, 3),
+        "memory": {stage: round(peak) for stage, peak in work.progress.memory.items()},
         "timings": {stage: round(spent, 3) for stage, spent in work.progress.timings.items()},
         "proxies": {
             "count": len(proxies),
@@ -291,7 +311,7 @@ def _write(
         RECIPE: recipe.source.text,
         METRICS: json_text(results.to_dict()),
         RECORD: json_text(record),
-        REPORT: html_report(results, record, recipe.resolved(out)),
+        REPORT: html_report(results, record, recipe.resolved(out), proxy_sheets(proxies)),
     }
     sources = record["proxies"]["sources"] + record["proxies"]["for_refining"]
     inside = [Path() if len(merged) == 1 else Path(one.point.folder) for one in merged]

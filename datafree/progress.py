@@ -28,6 +28,7 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
+from datafree.environment import peak_memory
 from datafree.errors import UsageError
 from datafree.tables import wrapped
 
@@ -43,11 +44,13 @@ class StageProgress:
     """Times the stages and shows nothing; the others derive from it.
 
     timings: stage -> seconds, summed when a stage opens more than once
+    memory:  stage -> the most memory that the process had held when it ended, MiB
     notes:   what was worth saying, in order
     """
 
     def __init__(self) -> None:
         self.timings: dict[str, float] = {}
+        self.memory: dict[str, float] = {}
         self.notes: list[str] = []
 
     def __enter__(self) -> StageProgress:
@@ -72,6 +75,9 @@ class StageProgress:
             raise
         seconds = time.perf_counter() - start
         self.timings[name] = self.timings.get(name, 0.0) + seconds
+        peak = peak_memory()
+        if peak is not None:
+            self.memory[name] = peak
         self._close(name, seconds, finished=True)
 
     def note(self, text: str) -> None:

@@ -130,7 +130,7 @@ def assemble(
         held_out_error=None if best is None else best.held_out_error,
         tried={one.propagate: one.held_out_error for one in solved},
         **_targets(evidence, least_squares),
-        notes=(*program.notes, *parents.notes, *evidence.notes),
+        notes=(*program.notes, *parents.notes, *plan.notes, *evidence.notes),
     )
 
 

@@ -78,7 +78,11 @@ class Parents:
             called = (names[0], BASE if BASE not in names else f"{BASE} of all")
             notes += check_same_function(symmetry.program, (frozen[0], origin), example, called)
             notes += _other_head(symmetry.program, frozen[0], origin)
-        notes = (*notes, *_not_matched(symmetry, settings), *ensemble_obstacles(symmetry))
+        notes = (*notes, *_not_matched(symmetry, settings))
+        notes += tuple(
+            f"everything kept apart ({len(frozen)}.0x) is not the parents' ensemble: {why}"
+            for why in ensemble_obstacles(symmetry)
+        )
         return cls(names, frozen, symmetry, example, settings, notes, origin)
 
     def __repr__(self) -> str:

@@ -1,13 +1,16 @@
-"""A GPU for tests on machines without one: `with pretend_cuda(): network.cuda()`.
+"""A GPU for tests on machines without one: `with pretend_cuda() as waits: network.cuda()`.
 
 Tensors sent to "cuda" come back as `Elsewhere`: they say cuda:0, keep their numbers in a CPU tensor, and the one rule
 of CUDA that programs break is enforced, that an op takes tensors of one device only. Enough for forward passes,
-linear algebra and exports; gradients, kernels, memory and speed are not imitated.
+gradients, linear algebra and exports; kernels, memory and speed are not imitated. `waits` counts, by line of our
+sources, where the host has to wait for the device: to look at a number, or for a size that depends on numbers.
 """
 
 from __future__ import annotations
 
 import contextlib
+import sys
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -22,6 +25,19 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 GPU, HOST = torch.device("cuda:0"), torch.device("cpu")
 # Ops that take a tensor of the other device by design: an index, or what is to be copied.
 MIXES = {"aten::copy_", "aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}
+# Ops that give the host a number or a size.
+LOOKS = {
+    "_local_scalar_dense",
+    "is_nonzero",
+    "equal",
+    "nonzero",
+    "masked_select",
+    "_unique2",
+    "unique_dim",
+    "bincount",
+}
+OURS = ("/pleas/", "/datafree/")
+_waits: Counter[str] = Counter()
 
 
 class Elsewhere(Tensor):
@@ -57,6 +73,8 @@ class Elsewhere(Tensor):
         """As Tensor.to; C++ would take this tensor for one of the CPU, and leave it where it is."""
         device, dtype, *_ = torch._C._nn._parse_to(*_as_words(args), **kwargs)  # type: ignore[attr-defined]
         moved = self if dtype in (None, self.dtype) else super().to(dtype)
+        if device is not None and device.type == "cpu":
+            _count("copy")
         return moved.here.clone() if device is not None and device.type == "cpu" else moved  # type: ignore[attr-defined]
 
     def cpu(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -66,6 +84,7 @@ class Elsewhere(Tensor):
         return self
 
     def tolist(self) -> Any:
+        _count("tolist")
         return self.here.tolist()
 
     def numpy(self, *args: Any, **kwargs: Any) -> Any:
@@ -94,6 +113,9 @@ class Mover(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.to and len(args) > 1 and isinstance(args[1], Elsewhere):
             args = (args[0], *_as_words(args[1:]))
+        if func in (torch.tensor, torch.as_tensor) and (kwargs or {}).get("device") is not None:
+            device = kwargs.pop("device")
+            return func(*args, **kwargs).to(device)
         return func(*args, **(kwargs or {}))
 
 
@@ -106,6 +128,8 @@ def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if _tracing() or not (remote or wanted == "cuda"):
         return func(*args, **kwargs)
     name = func._schema.name
+    if name.removeprefix("aten::") in LOOKS and remote:
+        _count(name)
     if name == "aten::_to_copy":
         found = func(*tree_map_only(Elsewhere, _here, args), **{**kwargs, "device": HOST})
         return Elsewhere(found) if wanted in (None, "cuda") else found
@@ -121,6 +145,17 @@ def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if wanted == "cpu" or (tensors and not isinstance(tensors[0], Elsewhere) and name in MIXES):
         return tensors[0] if name.endswith("_") else found
     return tree_map_only(Tensor, lambda x: owners[id(x)] if id(x) in owners else Elsewhere(x), found)
+
+
+def _count(what: str) -> None:
+    """Note a wait at the innermost line of our sources."""
+    frame = sys._getframe(1)
+    while frame is not None and not any(part in frame.f_code.co_filename for part in OURS):
+        frame = frame.f_back
+    if frame is not None:
+        file = frame.f_code.co_filename
+        place = max(file.rfind(part) for part in OURS)
+        _waits[f"{file[place + 1 :]}:{frame.f_code.co_name} {what}"] += 1
 
 
 def _tracing() -> bool:
@@ -140,14 +175,16 @@ def _as_words(args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 @contextlib.contextmanager
-def pretend_cuda() -> Iterator[None]:
-    """Inside, torch.cuda says that there is one device, and tensors can be sent to it."""
+def pretend_cuda() -> Iterator[Counter[str]]:
+    """Inside, torch.cuda says that there is one device, and tensors can be sent to it; gives the waits, counted."""
     answers = {
         "is_available": lambda: True,
         "device_count": lambda: 1,
         "current_device": lambda: 0,
         "_lazy_init": lambda: None,
         "synchronize": lambda *_: None,
+        "get_device_name": lambda *_: "pretended",
+        "is_bf16_supported": lambda *_, **__: True,
         "get_rng_state": lambda *_: torch.zeros(0, dtype=torch.uint8),
         "set_rng_state": lambda *_: None,
     }
@@ -161,4 +198,5 @@ def pretend_cuda() -> Iterator[None]:
         stack.callback(torch.__future__.set_overwrite_module_params_on_conversion, conversion)
         stack.enter_context(Dispatcher())
         stack.enter_context(Mover())
-        yield
+        _waits.clear()
+        yield _waits

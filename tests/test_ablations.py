@@ -14,6 +14,7 @@ PUBLISHED = sorted((PROJECT / "benchmarks" / "results").glob("propagate*.md"))
 CELLS = {
     "budget_curve": 4 * 4 * 3,
     "inversion_steps": 3 * 6 * 3,
+    "methods": 3 * 3,
     "mobilenets": 4,
     "proxy_count": 3 * 5 * 3,
     "proxy_sources": 3 * 8 * 3,

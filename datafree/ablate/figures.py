@@ -111,12 +111,11 @@ def _scale(panel: Axes, numbers: Sequence[float]) -> None:
 def _costs(findings: Findings, recipe: str, metric: Metric) -> Picture | None:
     """Accuracy against real multiply-adds, a line per setting; parents and ensemble as they are."""
     series: dict[str, list[tuple[float, list[float]]]] = {}
-    for point in findings.points(recipe):
-        for line in findings.compared(recipe, point):
-            values = list(line.values(metric).values())
-            spot = (statistics.mean(line.values("ratio").values()), values)
-            if values and spot not in series.setdefault(line.title, []):
-                series[line.title].append(spot)
+    for line in findings.judged(recipe):
+        values = list(line.values(metric).values())
+        if values:
+            cost = statistics.mean(line.values("ratio").values())
+            series.setdefault(line.title, []).append((cost, values))
     if not series or max(map(len, series.values())) < 2:
         return None
     best = sorted(series, key=lambda title: -statistics.mean(value for _, v in series[title] for value in v))

@@ -80,6 +80,11 @@ class Findings:
     lines: tuple[Line, ...]
 
     @property
+    def seeds(self) -> list[int]:
+        """Those of the finished cells."""
+        return sorted({cell.seed for cell in self.cells if cell.fingerprint in self.entries})
+
+    @property
     def recipes(self) -> list[str]:
         return list(dict.fromkeys(line.recipe for line in self.lines))
 
@@ -104,13 +109,14 @@ class Findings:
         found = {line.point: _value(line) for line in self.of(recipe) if line.point}
         return sorted(found, key=lambda point: (point.split()[0], found[point]))
 
-    def compared(self, recipe: str, point: str) -> list[Line]:
-        """The networks that stand against each other at a point; those without a budget where they cost as much.
-
-        Where the grid has axes these are the merged and refined networks, else all methods there are.
-        """
+    def judged(self, recipe: str) -> list[Line]:
+        """The networks that stand against each other; where the grid has axes, without the baselines of every cell."""
         left_out = (*REFERENCES, "baseline") if self.axes else REFERENCES
-        lines = [line for line in self.of(recipe) if line.kind not in left_out]
+        return [line for line in self.of(recipe) if line.kind not in left_out]
+
+    def compared(self, recipe: str, point: str) -> list[Line]:
+        """Those of one point, and those without a budget that cost as much."""
+        lines = self.judged(recipe)
         cheapest = any(line.point == point and line.cheapest for line in lines)
         return [
             line for line in lines if line.point == point or (not line.point and cheapest and line.cheapest)

@@ -100,8 +100,18 @@ def headline(findings: Findings, recipe: str, metric: Metric) -> Table:
     for point in points:
         for line in findings.compared(recipe, point):
             cells.setdefault(line.title, {})[point] = spread(line.values(metric).values())
-    rows = [(title, *(found.get(point, "-") for point in points)) for title, found in cells.items()]
-    return Table(judged(metric), ("network", *points), tuple(rows))
+    for line in findings.judged(recipe):
+        if not line.point and not line.cheapest:  # a method that chooses what it costs
+            cost = spread(line.values("ratio").values(), 2, 1)
+            cells.setdefault(line.title, {})[_ELSEWHERE] = (
+                f"{spread(line.values(metric).values())} at {cost}x"
+            )
+    columns = [*points, *([_ELSEWHERE] if any(_ELSEWHERE in found for found in cells.values()) else [])]
+    rows = [(title, *(found.get(column, "-") for column in columns)) for title, found in cells.items()]
+    return Table(judged(metric), ("network", *columns), tuple(rows))
+
+
+_ELSEWHERE = "at another cost"
 
 
 def references(findings: Findings, recipe: str) -> Table:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import re
 import time
@@ -20,7 +19,9 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from datafree.cache.manifest import MANIFEST, manifest_text, read_manifest
 from datafree.errors import RunError, UsageError
+from datafree.folders import publish, temporary
 
 LIMIT_VARIABLE = "DATAFREE_CACHE_GB"
 LIMIT_GB = 50.0
@@ -145,15 +146,15 @@ def _drop(path: Path) -> bool:
 
 def _strike(shard: Path) -> None:
     """Take a shard off the manifest beside it: when it is asked for again it was let go, not lost."""
-    manifest = shard.with_name("manifest.json")
+    manifest = shard.with_name(MANIFEST)
     with FileLock(manifest.with_suffix(".lock")):
-        try:
-            content = json.loads(manifest.read_text(encoding="utf-8"))
-            del content["shards"][str(int(shard.stem.removeprefix("shard-")))]
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
+        content = read_manifest(manifest)
+        if (
+            content is None
+            or content["shards"].pop(str(int(shard.stem.removeprefix("shard-"))), None) is None
+        ):
             return  # whoever reads that folder next finds what is wrong with it, and says so
-        temporary = manifest.with_name(f".manifest.{os.getpid()}")
-        temporary.write_text(
-            json.dumps(content, indent=1, sort_keys=True, ensure_ascii=False), encoding="utf-8"
-        )
-        temporary.replace(manifest)
+        with temporary(manifest) as making:
+            making.write_text(manifest_text(content), encoding="utf-8")
+            publish(making)
+            making.replace(manifest)

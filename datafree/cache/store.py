@@ -12,7 +12,6 @@ import ast
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -26,8 +25,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from datafree.cache.limit import RUNNING, trim, used
-from datafree.errors import DatafreeError, RunError
-from datafree.folders import publish
+from datafree.errors import DatafreeError, RunError, UsageError
+from datafree.folders import publish, sweep, temporary
 
 SCHEMA = 1
 CACHE_VARIABLE = "DATAFREE_CACHE"
@@ -52,6 +51,18 @@ def cache_folder() -> Path:
         return Path(named).expanduser().absolute()
     home = os.environ.get("XDG_CACHE_HOME")
     return (Path(home) if home else Path.home() / ".cache") / "datafree"
+
+
+def check_writable(root: Path) -> None:
+    """Raises UsageError where the cache could not be written; makes nothing."""
+    place = next(path for path in (root, *root.parents) if path.exists())
+    if place.is_dir() and os.access(place, os.W_OK | os.X_OK):
+        return
+    why = "is read-only, or not yours" if place.is_dir() else "is not a folder"
+    raise UsageError(
+        f"the cache folder {root} cannot be written ({place} {why}): change its permissions, or set "
+        f"{CACHE_VARIABLE} to another folder"
+    )
 
 
 def stage_key(stage: str, inputs: Mapping[str, Any]) -> str:
@@ -124,13 +135,10 @@ class Store:
         header = {"key": key, "value": text, "sha256": content_hash(whole, text)}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(prefix=f".{key[:8]}.", dir=path.parent)
-            os.close(handle)
-            try:
-                write_safetensors(Path(temporary), whole, header)
-                Path(temporary).replace(path)
-            finally:
-                Path(temporary).unlink(missing_ok=True)
+            sweep(path.parent)
+            with temporary(path) as making:
+                write_safetensors(making, whole, header)
+                making.replace(path)
         except (OSError, SafetensorError) as error:
             raise RunError(
                 f"the cache {self.root} cannot be written ({error}): free some space, or set "

@@ -35,6 +35,7 @@ from datafree.stages import (
 )
 from datafree.tables import output_width, wrapped
 from datafree.text import json_text
+from pleas.plan.reach import reach
 from pleas.statistics.domains import look
 
 MOST_IMAGES = 5000  # of a source or of a task's files, hashed for the leak check; a merge compares all
@@ -181,10 +182,11 @@ def _check_work(
             methods = choose_methods(work, networks)
             if methods:
                 yield "compare", ", ".join(one.name for one in methods)
+        most = reach(networks).ratio
         widenable = sum(unit_class.widenable for unit_class in symmetry.classes)
         yield (
             "symmetry",
-            f"{len(symmetry.classes)} classes of units, {widenable} can be widened; "
+            f"{len(symmetry.classes)} classes of units, {widenable} can be widened, up to {most:.2f} of one parent; "
             f"verified to {symmetry.gate_error:.0e}",
         )
 

@@ -9,6 +9,8 @@ import click
 from datafree.artefact.load import Artefact, load
 from datafree.errors import UsageError
 from datafree.evaluation.evaluate import Columns, check_tasks, evaluate, load_task, merged_columns
+from datafree.evaluation.measures import Interval
+from datafree.evaluation.scores import Evaluation
 from datafree.progress import progress_on
 from datafree.recipe.file import load_recipe
 from datafree.stages import choose_device, exact_arithmetic
@@ -37,16 +39,39 @@ def run(folder: str, recipe: str, settings: Sequence[str], device: str, as_json:
     if as_json:
         click.echo(json_text(found.to_dict()), nl=False)
         return
-    rows = [
-        [score.task, f"{100 * score.accuracy:.1f}", str(score.count), f"{name} {100 * lowest:.1f}"]
-        for score in found.tasks
-        for name, lowest in [score.worst_class]
-    ]
+    click.echo(scores_table(found))
+
+
+def scores_table(found: Evaluation) -> str:
+    """A line per task, and the mean and the joint accuracy where there are any."""
+    many = any(score.top5 is not None for score in found.tasks)
+    rows = []
+    for score in found.tasks:
+        name, lowest = score.worst_class
+        top5 = ["-" if score.top5 is None else f"{100 * score.top5:.1f}"] if many else []
+        measures = [
+            _number(score.nll),
+            _number(score.calibration),
+            str(score.count),
+            f"{name} {100 * lowest:.1f}",
+        ]
+        rows.append([score.task, f"{100 * score.accuracy:.1f}", _span(score.interval), *top5, *measures])
+    empty = [""] * (4 + many)
     if found.average is not None and len(rows) > 1:
-        rows.append(["average", f"{100 * found.average:.1f}", "", ""])
+        rows.append(["average", f"{100 * found.average:.1f}", _span(found.interval), *empty])
     if found.joint is not None:
-        rows.append(["joint", f"{100 * found.joint:.1f}", "", ""])
-    click.echo(text_table(["task", "accuracy %", "images", "worst class"], rows))
+        rows.append(["joint", f"{100 * found.joint:.1f}", _span(found.joint_interval), *empty])
+    top5 = ["top 5 %"] if many else []
+    columns = ["task", "accuracy %", "95 %", *top5, "NLL", "calibration error", "images", "worst class"]
+    return text_table(columns, rows)
+
+
+def _span(interval: Interval | None) -> str:
+    return "-" if interval is None else f"{100 * interval[0]:.1f} to {100 * interval[1]:.1f}"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
 
 
 def _columns(artefact: Artefact, names: Sequence[str]) -> Columns:

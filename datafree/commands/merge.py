@@ -7,12 +7,12 @@ from pathlib import Path
 
 import click
 
-from datafree.evaluation.results import Results, cells, columns
+from datafree.evaluation.results import Results, cells, columns, legend
 from datafree.pipeline import REPORT, Outcome
 from datafree.pipeline import run as run_pipeline
 from datafree.progress import progress_on
 from datafree.recipe.file import load_recipe
-from datafree.tables import text_table
+from datafree.tables import output_width, text_table, wrapped
 from datafree.text import json_text
 
 
@@ -55,7 +55,11 @@ def results_table(results: Results) -> str:
     ours = [number for number, row in enumerate(results.rows) if row.kind in ("merged", "refined")]
     table = text_table(columns(results), [cells(results, row) for row in results.rows], bold=ours)
     notes = dict.fromkeys(row.note for row in results.rows if row.note)
-    return "\n".join(["", table, *(f"{note}." for note in notes), ""])
+    said = [f"{note}." for note in (*notes, legend(results)) if note]
+    if results.verdict is not None:
+        said += ["", f"verdict: {results.verdict.text}"]
+    width = output_width()
+    return "\n".join(["", table, *(wrapped(line, width) for line in said), ""])
 
 
 def _where(outcome: Outcome) -> str:

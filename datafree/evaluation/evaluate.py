@@ -9,12 +9,12 @@ and the joint accuracy asks for the right class among the labels of all heads.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pydantic
@@ -22,6 +22,15 @@ import torch
 from torch import Tensor, nn
 
 from datafree.errors import RunError, UsageError
+from datafree.evaluation.measures import (
+    MANY,
+    bootstrap,
+    calibration_error,
+    negative_log_likelihood,
+    relative_error,
+    top_k,
+)
+from datafree.evaluation.scores import Evaluation, TaskScore
 from datafree.images.image_set import ImageSet, ImageSpec, load_images
 from datafree.images.preprocess import Preprocess
 from datafree.spec import Spec
@@ -126,57 +135,6 @@ def check_tasks(tasks: Sequence[Task], columns: Columns) -> None:
             )
 
 
-@dataclass(frozen=True)
-class TaskScore:
-    """One network on one task. All numbers are fractions between 0 and 1.
-
-    per_class:   class name -> accuracy         worst_class: (name, accuracy) of the lowest
-    agreement:   parent -> share of images for which the network chooses the class that parent chooses
-    predictions: int64 (N,), counted inside the head
-    """
-
-    task: str
-    expert: str | None
-    count: int
-    accuracy: float
-    per_class: Mapping[str, float]
-    worst_class: tuple[str, float]
-    agreement: Mapping[str, float] = field(default_factory=dict)
-    predictions: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64), repr=False, compare=False)
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """One network on every task it can answer.
-
-    average: mean of the tasks' accuracies        joint: accuracy among the labels of all heads, images of
-    all tasks pooled; None with shared labels and for a network with one head
-    """
-
-    tasks: tuple[TaskScore, ...]
-    average: float | None
-    joint: float | None = None
-
-    def score(self, task: str) -> TaskScore | None:
-        """The score on the task called `task`, None where the network has no head for it."""
-        return next((score for score in self.tasks if score.task == task), None)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON-able values, without the predictions."""
-        tasks = {
-            score.task: {
-                "expert": score.expert,
-                "count": score.count,
-                "accuracy": score.accuracy,
-                "per_class": dict(score.per_class),
-                "worst_class": {"class": score.worst_class[0], "accuracy": score.worst_class[1]},
-                "agreement": dict(score.agreement),
-            }
-            for score in self.tasks
-        }
-        return {"tasks": tasks, "average": self.average, "joint": self.joint}
-
-
 def evaluate(
     module: nn.Module,
     tasks: Sequence[Task],
@@ -193,6 +151,25 @@ def evaluate(
     parents: evaluations of the parents on the same tasks, to measure agreement with them
     Raises RunError where the network returns NaN or infinity.
     """
+
+    def outputs(task: Task) -> Tensor:
+        return predict(
+            module, task.images, preprocess, batch_size=batch_size, device=device, progress=progress
+        )
+
+    return relative_to(parents or {}, evaluate_outputs(outputs, tasks, columns))
+
+
+def evaluate_outputs(
+    outputs: Callable[[Task], Tensor],
+    tasks: Sequence[Task],
+    columns: Columns,
+    ensemble: Callable[[Task], Tensor] | None = None,
+) -> Evaluation:
+    """Score what a network gives for a task's images, (N, K), on the tasks for which `columns` has a head.
+
+    ensemble: what all parents together give for them, where the error of the outputs is to be measured
+    """
     scores: list[TaskScore] = []
     joint_right, joint_count = 0, 0
     ends = sorted({(head.start, head.stop) for head in columns.values()})
@@ -200,20 +177,47 @@ def evaluate(
         head = head_of(task, columns)
         if head is None:
             continue
-        logits = predict(
-            module, task.images, preprocess, batch_size=batch_size, device=device, progress=progress
-        )
+        logits = outputs(task)
         if not logits.isfinite().all():
             raise RunError(
                 f"task {task.name}: the network returned NaN or infinity; its weights or inputs overflowed"
             )
-        chosen = logits[:, head].argmax(1).numpy()
-        scores.append(_score(task, chosen, parents or {}))
+        wanted = None if ensemble is None else ensemble(task)
+        comparable = wanted is not None and wanted.shape == logits.shape
+        error = (
+            relative_error(logits[:, head], wanted[:, head]) if wanted is not None and comparable else None
+        )
+        scores.append(_score(task, logits[:, head], error))
         if len(ends) > 1:
             joint_right += int((logits.argmax(1).numpy() == task.targets + head.start).sum())
             joint_count += len(task.targets)
-    average = float(np.mean([score.accuracy for score in scores])) if scores else None
-    return Evaluation(tuple(scores), average, joint_right / joint_count if joint_count else None)
+    joint = joint_right / joint_count if joint_count else None
+    return Evaluation(
+        tasks=tuple(scores),
+        average=float(np.mean([score.accuracy for score in scores])) if scores else None,
+        joint=joint,
+        interval=bootstrap({s.task: (s.accuracy, s.count) for s in scores}) if scores else None,
+        joint_interval=None if joint is None else bootstrap({"joint": (joint, joint_count)}),
+    )
+
+
+def relative_to(parents: Mapping[str, Evaluation], found: Evaluation) -> Evaluation:
+    """`found` with its agreement with every parent, and its accuracies as shares of the experts'."""
+
+    def told(score: TaskScore) -> TaskScore:
+        known = {name: one.score(score.task) for name, one in parents.items()}
+        answers = {name: other for name, other in known.items() if other is not None}
+        experts = [answers[score.expert]] if score.expert in answers else list(answers.values())
+        best = max((other.accuracy for other in experts), default=0.0)
+        return replace(
+            score,
+            agreement={
+                n: float((score.predictions == other.predictions).mean()) for n, other in answers.items()
+            },
+            normalised=score.accuracy / best if best else None,
+        )
+
+    return replace(found, tasks=tuple(told(score) for score in found.tasks))
 
 
 def predict(
@@ -226,37 +230,53 @@ def predict(
     progress: Progress | None = None,
 ) -> Tensor:
     """Outputs of `module` for every image: float32 (N, K), on the CPU. The module is left as it was."""
-    outputs: list[Tensor] = []
-    with _evaluating(module, device), torch.inference_mode():
+
+    def batches() -> Iterator[Tensor]:
         for start in range(0, len(images), batch_size):
             end = min(start + batch_size, len(images))
-            outputs.append(module(preprocess(images.batch(range(start, end)).to(device))).float().cpu())
+            yield preprocess(images.batch(range(start, end)).to(device))
             if progress is not None:
                 progress(f"evaluating on {images.name}", end, len(images))
-    return torch.cat(outputs)
+
+    return predict_batches(module, batches(), device=device)
 
 
-def _score(task: Task, chosen: np.ndarray, parents: Mapping[str, Evaluation]) -> TaskScore:
+def predict_batches(
+    module: nn.Module, batches: Iterable[Tensor], *, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Outputs of `module` for inputs that are on `device`: float32 (N, K), on the CPU. It is left as it was."""
+    with evaluating(module, device), torch.inference_mode():
+        return torch.cat([module(batch).float().cpu() for batch in batches])
+
+
+def _score(task: Task, logits: Tensor, error: float | None) -> TaskScore:
+    """logits: (N, K) of the head that answers"""
+    chosen, targets = logits.argmax(1).numpy(), torch.from_numpy(task.targets).long()
     right = chosen == task.targets
-    names = task.class_names()
-    per_class = {name: float(right[task.targets == target].mean()) for target, name in names.items()}
-    worst = min(per_class, key=per_class.__getitem__)
-    references = {name: evaluation.score(task.name) for name, evaluation in parents.items()}
-    agreement = {name: float((chosen == ref.predictions).mean()) for name, ref in references.items() if ref}
+    per_class = {
+        name: float(right[task.targets == target].mean()) for target, name in task.class_names().items()
+    }
+    worst, accuracy = min(per_class, key=per_class.__getitem__), float(right.mean())
     return TaskScore(
         task=task.name,
         expert=task.expert,
         count=len(chosen),
-        accuracy=float(right.mean()),
+        accuracy=accuracy,
+        interval=bootstrap({task.name: (accuracy, len(chosen))}),
+        top5=top_k(logits, targets, 5) if logits.shape[1] >= MANY else None,
+        nll=negative_log_likelihood(logits, targets),
+        calibration=calibration_error(logits, targets),
+        error=error,
         per_class=per_class,
         worst_class=(worst, per_class[worst]),
-        agreement=agreement,
         predictions=chosen,
+        targets=task.targets,
     )
 
 
 @contextmanager
-def _evaluating(module: nn.Module, device: torch.device | str) -> Iterator[None]:
+def evaluating(module: nn.Module, device: torch.device | str) -> Iterator[None]:
+    """Run `module` on `device` in evaluation mode; its modes and its home are restored."""
     training = {name: child.training for name, child in module.named_modules()}
     home = next((tensor.device for tensor in (*module.parameters(), *module.buffers())), torch.device(device))
     module.to(device).eval()

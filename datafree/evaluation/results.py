@@ -9,7 +9,10 @@ from typing import Any, Literal
 
 import pleas
 from datafree.evaluation.evaluate import Evaluation
+from datafree.evaluation.fidelity import Fidelity
 
+SCHEMA = 2  # of metrics.json: see docs/metrics.md
+_EACH = 3  # parents that have a column of their own for agreement
 Kind = Literal["parent", "ensemble", "baseline", "comparator", "merged", "refined", "oracle"]
 
 
@@ -40,6 +43,7 @@ class Row:
     ratio: flops relative to one parent
     note:  what a reader must know to compare the row, "" where nothing
     predicted: squared error of the outputs on held-out proxies, relative to the variance of what they should be
+    fidelity: how close it is to its parents on held-out proxies; None where nobody looked
     """
 
     kind: Kind
@@ -51,6 +55,7 @@ class Row:
     point: Point | None = None
     note: str = ""
     predicted: float | None = None
+    fidelity: Fidelity | None = None
 
     @property
     def title(self) -> str:
@@ -74,7 +79,80 @@ class Row:
             "parameters": self.parameters,
             "note": self.note,
             "predicted": self.predicted,
+            "proxies": None if self.fidelity is None else self.fidelity.to_dict(),
             **self.evaluation.to_dict(),
+        }
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a run's numbers say: the network to take, what it is worth, what to do next.
+
+    row:      the network; None where there is none
+    measure:  what it was judged by: mean accuracy of the tasks, or mean agreement with the parents on held-out proxies
+    value, ensemble: its measure and the ensemble's, 0 to 1        images: held-out proxies behind an agreement
+    proxies:  what the proxies look like to the parents, "good", "fair" or "poor", source by source
+    steps:    what to do next, a sentence each, the most promising first; none where nothing is wanting
+    """
+
+    row: Row | None
+    measure: Literal["accuracy", "agreement"]
+    value: float
+    ensemble: float
+    images: int
+    proxies: Mapping[str, str]
+    sentence: str
+    steps: tuple[str, ...]
+
+    @property
+    def share(self) -> float:
+        """Of the ensemble's measure."""
+        return self.value / self.ensemble if self.ensemble else 0.0
+
+    @property
+    def text(self) -> str:
+        return " ".join(f"{part}." for part in (self.sentence, *self.steps))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "network": None if self.row is None else self.row.label,
+            "measure": self.measure,
+            "value": self.value,
+            "ensemble": self.ensemble,
+            "share": self.share,
+            "proxies": dict(self.proxies),
+            "text": self.text,
+            "next": list(self.steps),
+        }
+
+
+@dataclass(frozen=True)
+class Line:
+    """The loss along the straight line from one parent to another.
+
+    matched: whether the second one's units are in the first one's order
+    at:      places on the line from 0 (the first) to 1
+    losses:  negative log-likelihood there, mean of the tasks, in nats
+    """
+
+    parents: tuple[str, str]
+    matched: bool
+    at: tuple[float, ...]
+    losses: tuple[float, ...]
+
+    @property
+    def barrier(self) -> float:
+        """The most by which the loss exceeds the straight line between its ends (Frankle et al., arXiv 1912.05671)."""
+        first, last = self.losses[0], self.losses[-1]
+        return max(loss - (1 - t) * first - t * last for t, loss in zip(self.at, self.losses, strict=True))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "parents": list(self.parents),
+            "matched": self.matched,
+            "at": list(self.at),
+            "losses": list(self.losses),
+            "barrier": self.barrier,
         }
 
 
@@ -84,6 +162,8 @@ class Results:
 
     layers: per point, the predicted relative residual of every layer
     plans:  per point, predicted error, cost and the table of `artefact.plan_table`
+    verdict: which network to take and what to do next; None where nobody asked
+    barriers: the loss along the lines between parents, where the recipe asks
     """
 
     name: str
@@ -94,6 +174,8 @@ class Results:
     layers: Mapping[Point, tuple[pleas.LayerEvidence, ...]]
     plans: Mapping[Point, Mapping[str, Any]]
     notes: tuple[str, ...]
+    verdict: Verdict | None = None
+    barriers: tuple[Line, ...] = ()
 
     def of_kind(self, kind: Kind) -> list[Row]:
         return [row for row in self.rows if row.kind == kind]
@@ -106,6 +188,7 @@ class Results:
     def to_dict(self) -> dict[str, Any]:
         """`metrics.json`: numbers only, the same bytes for the same recipe on the same machine."""
         return {
+            "schema": SCHEMA,
             "datafree": version("datafree"),
             "name": self.name,
             "recipe": self.fingerprint,
@@ -125,6 +208,8 @@ class Results:
             },
             "plans": {point.label: dict(plan) for point, plan in self.plans.items()},
             "notes": list(self.notes),
+            "barriers": [line.to_dict() for line in self.barriers],
+            "verdict": None if self.verdict is None else self.verdict.to_dict(),
         }
 
 
@@ -152,7 +237,7 @@ def columns(results: Results) -> list[str]:
         *(["average"] if len(results.tasks) > 1 else []),
         *(["joint"] if results.joint else []),
     ]
-    return ["network", *accuracies, "predicted", "FLOPs", "ratio", "parameters"]
+    return ["network", *accuracies, *_closeness_columns(results), "predicted", "FLOPs", "ratio", "parameters"]
 
 
 def cells(results: Results, row: Row) -> list[str]:
@@ -165,7 +250,45 @@ def cells(results: Results, row: Row) -> list[str]:
         accuracies.append(row.evaluation.joint)
     shown = ["-" if value is None else f"{100 * value:.1f}" for value in accuracies]
     predicted = "-" if row.predicted is None else f"{row.predicted:.3f}"
-    return [row.label, *shown, predicted, _si(row.flops), f"{row.ratio:.3f}", _si(row.parameters)]
+    cost = [_si(row.flops), f"{row.ratio:.3f}", _si(row.parameters)]
+    return [row.label, *shown, *_closeness_cells(results, row), predicted, *cost]
+
+
+def legend(results: Results) -> str:
+    """What the columns about held-out proxies say; "" where there are none."""
+    images = next((row.fidelity.images for row in results.rows if row.fidelity), None)
+    if images is None:
+        return ""
+    known = any(row.fidelity and row.fidelity.own is not None for row in results.rows)
+    own = ", own: that the parent chooses whose image it is, by the fit of its batch norms" if known else ""
+    return (
+        f"agree: share of {images} held-out proxies on which a network chooses the class that this parent chooses, in "
+        f"per cent{own}; KL: mean divergence of its predictions from the parents', in nats"
+    )
+
+
+def _closeness_columns(results: Results) -> list[str]:
+    if not any(row.fidelity for row in results.rows):
+        return []
+    names = [row.name for row in results.of_kind("parent")]
+    each = [f"agree {name}" for name in names] if len(names) <= _EACH else ["agree"]
+    own = any(row.fidelity and row.fidelity.own is not None for row in results.rows)
+    return [*each, *(["agree own"] if own else []), "KL"]
+
+
+def _closeness_cells(results: Results, row: Row) -> list[str]:
+    headings, close = _closeness_columns(results), row.fidelity
+    names = [parent.name for parent in results.of_kind("parent")]
+    if not headings or close is None:
+        return ["-"] * len(headings)
+    whole = len(close.agreement) == len(names)
+    shares = [close.agreement.get(name) for name in names]
+    if len(names) > _EACH:
+        shares = [close.mean_agreement if whole else None]
+    if "agree own" in headings:
+        shares.append(close.own)
+    shown = ["-" if share is None else f"{100 * share:.1f}" for share in shares]
+    return [*shown, f"{close.mean_divergence:.3f}" if whole else "-"]
 
 
 def average_of(results: Results, row: Row) -> float | None:

@@ -16,7 +16,7 @@ from datafree.errors import UsageError
 from datafree.evaluation.results import Point
 from datafree.library.frames import frame_of
 from datafree.library.images import AsTheyAre, Images
-from datafree.library.networks import Networks, Prepared, take_networks
+from datafree.library.networks import Network, Networks, Prepared, take_networks
 from datafree.library.proxies import COUNT, given_images, images_for
 from datafree.library.quiet import Said, checked, shown, undisturbed
 from datafree.progress import StageProgress
@@ -142,6 +142,7 @@ def merge(
     count: int | None = None,
     preprocess: Prepared | Mapping[str, Prepared] = None,
     labels: Labels = "shared",
+    base: Network | None = None,
     refine: int | Mapping[str, Any] | RefineSpec | None = None,
     settings: pleas.MergeSettings | None = None,
     batch: int = 64,
@@ -164,6 +165,8 @@ def merge(
     preprocess: size in pixels, mean and std for pixels from 0 to 1, as `{"size": 32, "mean": [...], "std": [...]}`, for
                 all parents or by name; timm's models and artefacts say it themselves, and normalised images need none
     labels:     "shared": output i is the same class in all parents; "separate": the result has one head a parent
+    base:       the network that all parents were fine-tuned from, if there is one: units then stay in place unless
+                moving them clearly helps. It is no parent; its head may have another number of outputs
     refine:     steps, or keys of a recipe's refine section such as `{"minutes": 5}`: see `datafree.refine`
     settings:   of `pleas.merge`; its heads and seed come from `labels` and `seed`
     batch:      images per forward pass
@@ -185,7 +188,7 @@ def merge(
         given = given_images(proxies, "proxies", count)
         seen = given if isinstance(given, Images) else None
         with said.stage("parents"):
-            loaded = take_networks(parents, preprocess, seen)
+            loaded = take_networks(parents, preprocess, seen, base)
             points = _points(budget, budgets, apart, len(loaded.each))
             chosen = replace(
                 settings or pleas.MergeSettings(), heads=labels, seed=derive_seed(seed, "positions")
@@ -259,7 +262,11 @@ def refine(
 
 def trace_networks(loaded: LoadedParents, settings: pleas.MergeSettings) -> pleas.Parents:
     return pleas.Parents.of(
-        [parent.module for parent in loaded.each], loaded.example, settings, names=loaded.names
+        [parent.module for parent in loaded.each],
+        loaded.example,
+        settings,
+        names=loaded.names,
+        base=None if loaded.base is None else loaded.base.module,
     )
 
 

@@ -28,10 +28,17 @@ _EXAMPLE = "{'size': 32, 'mean': [0.5, 0.5, 0.5], 'std': [0.25, 0.25, 0.25]}"
 
 
 def take_networks(
-    given: Networks, preprocess: Prepared | Mapping[str, Prepared], seen: Images | None
+    given: Networks,
+    preprocess: Prepared | Mapping[str, Prepared],
+    seen: Images | None,
+    base: Network | None = None,
 ) -> LoadedParents:
-    """The networks as parents. seen: images that are normalised already, which say what the input is; None or pixels:
-    `preprocess`, or the networks' own configuration, has to say it."""
+    """The networks as parents.
+
+    base: what they were fine-tuned from; it sees images as the first
+    seen: images that are normalised already, which say what the input is; None or pixels: `preprocess`, or the
+          networks' own configuration, has to say it
+    """
     named = _named(given)
     shape = None if seen is None or seen.are_pixels else tuple(seen.values.shape[1:])
     parents = []
@@ -47,7 +54,14 @@ def take_networks(
             own = preprocess.get(name)
         parents.append(_parent(name, network, own, shape))
     common, notes = merged_input(parents)
-    return LoadedParents(tuple(parents), common, notes)
+    origin = None
+    if base is not None:
+        if not isinstance(base, nn.Module | Parent | Artefact):
+            raise UsageError(
+                f"base is a {type(base).__name__}: give the torch.nn.Module that all parents were fine-tuned from"
+            )
+        origin = _parent("base", base, parents[0].preprocess, shape)
+    return LoadedParents(tuple(parents), common, notes, origin)
 
 
 def _named(given: Any) -> dict[str, Network]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +27,9 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from datafree.cache.limit import trim, used
+from datafree.cache.manifest import MANIFEST, manifest_text, read_manifest
 from datafree.errors import RunError, UsageError
+from datafree.folders import publish, sweep, temporary
 from datafree.proxy.source import SHARD, Shard
 
 SCHEMA = 1  # layout of the cache folder; raised when older folders can no longer be read
@@ -80,9 +81,9 @@ class ShardFolder:
     def _check_writable(self) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            probe = self.path / f".probe-{os.getpid()}"
-            probe.write_bytes(b"")
-            probe.unlink()
+            sweep(self.path)
+            with temporary(self.path / "probe"):
+                pass
         except OSError as error:
             raise UsageError(
                 f"the cache folder {self.path} cannot be written ({error.strerror}): free space, "
@@ -121,18 +122,15 @@ class ShardFolder:
     def _name(self, index: int) -> Path:
         return self.path / f"shard-{index:05d}.safetensors"
 
-    def _manifest(self) -> dict[str, Any]:
-        empty = {"schema": SCHEMA, "key": self._described, "shards": {}}
-        try:
-            manifest = json.loads((self.path / "manifest.json").read_text(encoding="utf-8"))
-        except (FileNotFoundError, json.JSONDecodeError):
-            return empty
-        same = isinstance(manifest, dict) and manifest.get("key") == json.loads(canonical(self._described))
-        return manifest if same else empty  # a foreign manifest vouches for nothing here
+    def _listed(self) -> dict[str, Any]:
+        """What the manifest says of every shard; nothing where it is damaged, or of other images."""
+        content = read_manifest(self.path / MANIFEST)
+        same = content is not None and content.get("key") == json.loads(canonical(self._described))
+        return content["shards"] if content is not None and same else {}
 
     def _verified(self, index: int, notes: list[str]) -> ShardFile | None:
         path = self._name(index)
-        entry = self._manifest()["shards"].get(str(index))
+        entry = self._listed().get(str(index))
         if entry is None:
             if path.exists():
                 notes.append(f"rebuilt {path}: the manifest beside it does not list it")
@@ -158,17 +156,12 @@ class ShardFolder:
         }
         _write(self._name(index), data)
         with FileLock(self.path / "manifest.lock"):
-            manifest = self._manifest()
-            manifest["shards"][str(index)] = entry
-            _write_manifest(self.path, manifest)
+            shards = {**self._listed(), str(index): entry}
+            text = manifest_text({"schema": SCHEMA, "key": self._described, "shards": shards})
+            _write(self.path / MANIFEST, text.encode())
         return ShardFile(
             self._name(index), entry["sha256"], entry["images"], entry["seconds"], entry["facts"]
         )
-
-
-def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    text = json.dumps(manifest, indent=1, sort_keys=True, ensure_ascii=False)
-    _write(folder / "manifest.json", text.encode())
 
 
 def fingerprint(shards: Sequence[ShardFile]) -> str:
@@ -181,6 +174,8 @@ def _read(path: Path, sha256: str) -> Tensor | str:
         data = path.read_bytes()
     except FileNotFoundError:
         return "is missing"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
     if hashlib.sha256(data).hexdigest() != sha256:
         return "does not have the sha256 its manifest lists"
     try:
@@ -191,12 +186,12 @@ def _read(path: Path, sha256: str) -> Tensor | str:
 
 def _write(path: Path, data: bytes) -> None:
     """Atomic: readers see the old file or the whole new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_bytes(data)
-        temporary.replace(path)
+        with temporary(path) as making:
+            making.write_bytes(data)
+            publish(making)
+            making.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise RunError(
             f"the cache file {path} could not be written ({error.strerror}): free space or name another "
             "cache folder, and run again; finished shards are kept"

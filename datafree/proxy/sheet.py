@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from torch.nn import functional as F
 
 from datafree.errors import UsageError
 from datafree.proxy.build import ProxySet
@@ -16,10 +17,19 @@ _GAP = 2  # pixels between images
 
 def contact_sheet(proxies: ProxySet, path: Path, count: int = 64, columns: int = 16) -> None:
     """Write the first `count` images as one picture, in their order, small ones enlarged by a whole factor."""
+    sheet_image(proxies, count, columns).save(path)
+
+
+def sheet_image(proxies: ProxySet, count: int, columns: int, side: int | None = None) -> Image.Image:
+    """The same picture in memory. side: images whose longest side exceeds it are made smaller."""
     images = proxies.batch(range(min(count, len(proxies))))
     if proxies.channels == 1:
         images = images.expand(-1, 3, -1, -1)
-    height, width = proxies.size
+    longest = max(proxies.size)
+    if side is not None and longest > side:
+        size = [max(1, round(extent * side / longest)) for extent in proxies.size]
+        images = F.interpolate(images.float(), size, mode="area").round().to(torch.uint8)
+    height, width = images.shape[2:]
     rows = -(-len(images) // columns)
     columns = min(columns, len(images))
     sheet = torch.full((3, rows * (height + _GAP), columns * (width + _GAP)), 255, dtype=torch.uint8)
@@ -28,7 +38,7 @@ def contact_sheet(proxies: ProxySet, path: Path, count: int = 64, columns: int =
         sheet[:, top : top + height, left : left + width] = image
     picture = Image.fromarray(sheet.permute(1, 2, 0).numpy())
     factor = max(1, round(64 / max(height, width)))
-    picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST).save(path)
+    return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
 
 
 def export_folder(proxies: ProxySet, folder: Path) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pydantic
 
@@ -33,6 +34,10 @@ class RecipeFile:
     path: Path
     base: Path
     source: Source
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For another process its text is enough; the classes of some sections are made on import and have no name."""
+        return check_source, (self.source, self.path)
 
     def resolved(self, folder: Path) -> str:
         """The recipe with every default filled in, as YAML that can be run again from `folder`."""

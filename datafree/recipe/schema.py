@@ -186,6 +186,8 @@ class Recipe(Spec):
     folder: where relative paths start; the recipe's own folder when absent
     compare: other methods that make one network of the same parents, for the table: `all`, or a list of names and of
         mappings, as `[permutation, {method: regmean, off_diagonal: 0.8}]`; `datafree methods` lists them
+    barrier: at how many points of the line between every two parents, ends included, the loss is measured on the
+        tasks, as their units come and matched; not measured when absent
     license, base_models: for the model cards, as the Hugging Face Hub names them: apache-2.0, [me/a, me/b]
     """
 
@@ -201,6 +203,7 @@ class Recipe(Spec):
     compare: Compare = DEFAULT
     evaluate: tuple[TaskSpec, ...] = ()
     oracle: OracleSpec | None = None
+    barrier: int | None = Field(default=None, ge=3, le=101)
     license: str | None = Field(default=None, min_length=1, max_length=100)
     base_models: tuple[Annotated[str, Field(min_length=1, max_length=200)], ...] = ()
 
@@ -241,6 +244,16 @@ class Recipe(Spec):
             raise ValueError(
                 "refine.fresh looks for new images by inversion, and proxy.sources has no kind: inversion: add such a "
                 "source, or remove refine.fresh"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _barrier_on_something(self) -> Recipe:
+        if self.barrier is not None and not self.evaluate:
+            raise ValueError("barrier is a loss on labelled images: add tasks under `evaluate`, or remove it")
+        if self.barrier is not None and self.labels == "separate":
+            raise ValueError(
+                "barrier is measured between parents that predict the same classes: remove it, or say labels: shared"
             )
         return self
 

@@ -1,139 +1,63 @@
-"""The report's pictures, as SVG text that stands in the page."""
+"""The report's pictures, one pair of axes each: the page lays them out and writes their legends."""
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import matplotlib as mpl
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from datafree.evaluation.results import Kind, Results, Row, average_of
-
-OURS, REFINED, ORACLE, ENSEMBLE, BASELINE = "#0b6e4f", "#6a3fa0", "#c1666b", "#34344a", "#d08700"
-PARENTS = ("#2f6db5", "#8b5a2b", "#7d8ca3", "#b5838d", "#5f7a61")
-_DASHES = ("--", "-.", (0, (1, 1)), (0, (5, 1)), (0, (3, 1, 1, 1)))
-_STYLE: dict[Any, Any] = {
-    "font.size": 9,
-    "font.family": "sans-serif",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#e6e6e6",
-    "grid.linewidth": 0.7,
-    "axes.edgecolor": "#888888",
-    "axes.axisbelow": True,
-    "svg.hashsalt": "datafree",  # the same picture is the same text
-    "svg.fonttype": "path",
-}
-_MARKERS = "osD^vPX*"
-_MOST_PANELS = 4
+from datafree.evaluation.verdict import value_of
+from datafree.report import themed
+from datafree.report.themed import DASHES, MARKERS, PARENTS, POINTS, Key, Picture, dashes, picture
 
 Score = Callable[[Row], float | None]
 
+_RELATIVE = "multiply-adds relative to one parent"
+_MOST_PANELS = 4
+_OURS: tuple[tuple[Kind, str, str, str], ...] = (
+    ("oracle", "merged from real images", themed.ORACLE, "5 2"),
+    ("merged", "least squares", themed.OURS, ""),
+    ("refined", "refined", themed.REFINED, ""),
+)
 
-def accuracy_chart(results: Results) -> str | None:
-    """Accuracy against real FLOPs, the parents and the ensemble as lines; None where nothing was evaluated."""
-    panels = _panels(results)
-    if not panels:
-        return None
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(max(5.2, 3.6 * len(panels)), 3.7), layout="constrained")
-        axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
-        for axis, (title, score) in zip(axes, panels, strict=True):
+
+def cost_charts(results: Results) -> list[Picture]:
+    """Accuracy against real multiply-adds, for tasks and their mean; without tasks, agreement with the parents."""
+    keys = _cost_keys(results)
+
+    def draw(score: Score, title: str, unit: str) -> Callable[[Axes], None]:
+        def on(axis: Axes) -> None:
             _curve(axis, results, score)
             axis.set_title(title, fontsize=10, loc="left")
-            axis.set_xlabel("multiply-adds relative to one parent")
-        axes[0].set_ylabel("accuracy, %")
-        shown = {
-            label: handle
-            for axis in axes
-            for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
-        }
-        figure.legend(
-            list(shown.values()),
-            list(shown),
-            loc="outside lower center",
-            ncols=4,
-            frameon=False,
-            fontsize=8.5,
-        )
-        return _svg(figure)
+            axis.set_xlabel(_RELATIVE)
+            axis.set_ylabel(unit)
+
+        return on
+
+    return [
+        picture(f"cost{number}", f"{title}: {unit} against {_RELATIVE}", draw(score, title, unit), keys)
+        for number, (title, score, unit) in enumerate(_panels(results))
+    ]
 
 
-def residual_chart(results: Results) -> str | None:
-    """Relative residual of every layer, one line per merged network; None without least squares."""
-    shown = [(point, layers) for point, layers in results.layers.items() if layers]
-    if not shown:
-        return None
-    names = [layer.name for layer in shown[0][1]]
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(min(12.0, max(5.2, 0.24 * len(names) + 2)), 3.4), layout="constrained")
-        axis = figure.subplots()
-        shades = mpl.colormaps["viridis"]
-        for number, (point, layers) in enumerate(shown):
-            shade = shades(0.15 + 0.7 * number / max(1, len(shown) - 1))
-            values = [100 * layer.residual for layer in layers]
-            marker = _MARKERS[number % len(_MARKERS)]
-            axis.plot(
-                range(len(values)), values, color=shade, marker=marker, ms=3.5, lw=1.2, label=point.label
-            )
-        axis.set_ylabel("residual of the solve,\n% of the target's variance")
-        axis.set_ylim(bottom=0)
-        step = -(-len(names) // 40)
-        axis.set_xticks(range(0, len(names), step), names[::step], rotation=90, fontsize=6.5)
-        figure.legend(loc="outside upper center", frameon=False, fontsize=8.5, ncols=6)
-        return _svg(figure)
-
-
-def refine_chart(refined: Mapping[str, Mapping[str, Any]]) -> str | None:
-    """What refining did against the time it took, one line per network; None where nothing was refined.
-
-    Agreement with the parents on held-out proxies, which decided; beside it the accuracy, where there is any.
-    """
-    if not refined:
-        return None
-    judged = any(told["curve"] for told in refined.values())
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(8.6 if judged else 5.2, 3.5), layout="constrained")
-        axes = figure.subplots(1, 1 + judged, squeeze=False)[0]
-        shades = mpl.colormaps["plasma"]
-        for number, (label, told) in enumerate(refined.items()):
-            looks = [(0.0, told["start"]), *((look["seconds"], look["evidence"]) for look in told["history"])]
-            style = {
-                "color": shades(0.1 + 0.7 * number / max(1, len(refined) - 1)),
-                "marker": _MARKERS[number % len(_MARKERS)],
-                "lw": 1.2,
-            }
-            seconds = [second for second, _ in looks]
-            agreement = [100 * _mean(evidence["agreement"].values()) for _, evidence in looks]
-            axes[0].plot(seconds, agreement, ms=3.5, label=label, **style)
-            if told["curve"]:
-                seconds = [look["seconds"] for look in told["curve"]]
-                axes[1].plot(seconds, [100 * look["average"] for look in told["curve"]], ms=5, **style)
-        axes[0].set_ylabel("agreement with the parents\non held-out proxies (%)")
-        if judged:
-            axes[1].set_ylabel("accuracy, mean of the tasks (%)")
-        for axis in axes:
-            axis.set_xlabel("seconds of refining")
-        figure.legend(loc="outside upper center", frameon=False, fontsize=8.5, ncols=6)
-        return _svg(figure)
-
-
-def _mean(values: Iterable[float]) -> float:
-    numbers = list(values)
-    return sum(numbers) / len(numbers)
-
-
-def _panels(results: Results) -> list[tuple[str, Score]]:
-    tasks: list[tuple[str, Score]] = [(task, _task_score(task)) for task in results.tasks]
-    if len(tasks) <= 1:
+def _panels(results: Results) -> list[tuple[str, Score, str]]:
+    accuracy = "accuracy (%)"
+    tasks: list[tuple[str, Score, str]] = [(task, _task_score(task), accuracy) for task in results.tasks]
+    if not tasks:
+        if not any(row.fidelity for row in results.rows):
+            return []
+        return [
+            ("with the parents", lambda row: value_of(results, row, "agreement"), "agreement on proxies (%)")
+        ]
+    if len(tasks) == 1:
         return tasks
-    panels: list[tuple[str, Score]] = [("average of the tasks", lambda row: average_of(results, row))]
+    panels: list[tuple[str, Score, str]] = [
+        ("average of the tasks", lambda row: average_of(results, row), accuracy)
+    ]
     if results.joint:
-        panels.append(("among all labels", lambda row: row.evaluation.joint))
+        panels.append(("among all labels", lambda row: row.evaluation.joint, accuracy))
     return [*panels, *tasks][:_MOST_PANELS]
 
 
@@ -145,38 +69,193 @@ def _task_score(task: str) -> Score:
     return score
 
 
-def _curve(axis: Axes, results: Results, score: Score) -> None:
-    lines = [
-        (row, PARENTS[number % len(PARENTS)], _DASHES[number % len(_DASHES)])
+def _cost_keys(results: Results) -> tuple[Key, ...]:
+    keys = [
+        Key(row.title, PARENTS[number % len(PARENTS)], DASHES[number % len(DASHES)], marker="none")
         for number, row in enumerate(results.of_kind("parent"))
     ]
-    for row, colour, style in [*lines, *((row, ENSEMBLE, ":") for row in results.of_kind("ensemble"))]:
+    if results.of_kind("ensemble"):
+        keys.append(Key("ensemble", themed.ENSEMBLE, "1 3", marker="none"))
+    keys += [Key(label, colour, dash) for kind, label, colour, dash in _OURS if results.of_kind(kind)]
+    if _others(results):
+        keys.append(Key("plain averages and other methods", themed.OTHER, None, "cross"))
+    return tuple(keys)
+
+
+def _others(results: Results) -> list[Row]:
+    return [row for row in results.rows if row.kind in ("baseline", "comparator")]
+
+
+def _curve(axis: Axes, results: Results, score: Score) -> None:
+    lines = [
+        (row, PARENTS[number % len(PARENTS)], dashes(number))
+        for number, row in enumerate(results.of_kind("parent"))
+    ]
+    for row, colour, style in [*lines, *((row, themed.ENSEMBLE, ":") for row in results.of_kind("ensemble"))]:
         value = score(row)
         if value is not None:
-            axis.axhline(100 * value, color=colour, ls=style, lw=1.3, label=row.title)
-    for name, marker in (("plain average", "x"), ("permutation only", "+")):
-        values = [(row.ratio, score(row)) for row in results.of_kind("baseline") if row.name == name]
-        points = [(ratio, 100 * value) for ratio, value in values if value is not None]
-        if points:
-            x, y = zip(*points, strict=True)
-            axis.plot(x, y, marker=marker, ms=8, mew=1.8, ls="none", color=BASELINE, label=name)
-    kinds: tuple[tuple[Kind, str, str], ...] = (
-        ("oracle", ORACLE, "--"),
-        ("merged", OURS, "-"),
-        ("refined", REFINED, "-"),
-    )
-    for name, colour, style in kinds:
-        values = sorted((row.ratio, score(row)) for row in results.of_kind(name) if score(row) is not None)
+            axis.axhline(100 * value, color=colour, ls=style, lw=1.4)
+    others = [(row.ratio, score(row), row.title) for row in _others(results)]
+    known = [(ratio, 100 * value, title) for ratio, value, title in others if value is not None]
+    if known:
+        axis.plot(
+            [x for x, _, _ in known],
+            [y for _, y, _ in known],
+            marker="x",
+            ms=6,
+            mew=1.6,
+            ls="none",
+            color=themed.OTHER,
+        )
+        x, y, title = max(known, key=lambda one: one[1])
+        axis.annotate(title, (x, y), (5, -3), textcoords="offset points", fontsize=7.5, color=themed.OTHER)
+    for kind, _, colour, dash in _OURS:
+        values = sorted(
+            (row.ratio, value) for row in results.of_kind(kind) if (value := score(row)) is not None
+        )
         if values:
-            x = [ratio for ratio, _ in values]
-            y = [100 * value for _, value in values if value is not None]
-            label = {"oracle": "merged from real images (oracle)", "merged": "least squares"}.get(name, name)
-            axis.plot(x, y, color=colour, ls=style, marker="o", ms=5, lw=1.8, label=label)
-    axis.set_xlim(0.95, max(2.05, *(row.ratio for row in results.rows)))
+            style = dashes(0) if dash else "-"
+            x, y = [ratio for ratio, _ in values], [100 * value for _, value in values]
+            axis.plot(x, y, color=colour, ls=style, marker="o", ms=4.5, lw=1.8)
+    axis.set_xlim(0.95, max(2.05, *(row.ratio + 0.05 for row in results.rows)))
 
 
-def _svg(figure: Figure) -> str:
-    text = io.StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None})
-    svg = text.getvalue()
-    return svg[svg.index("<svg") :]
+def error_chart(results: Results) -> Picture | None:
+    """The error of the outputs that the proxies predict beside what the test images show, over multiply-adds."""
+    rows = sorted(results.of_kind("merged"), key=lambda row: row.ratio)
+    predicted = [(row.ratio, error) for row in rows if (error := predicted_error(row)) is not None]
+    if not predicted:
+        return None
+    achieved = [(row.ratio, error) for row in rows if (error := achieved_error(row)) is not None]
+    keys = [Key("predicted: held-out proxies", themed.OURS, "5 2")]
+    if achieved:
+        keys.append(Key("achieved: test images, mean of the tasks", themed.ORACLE))
+
+    def draw(axis: Axes) -> None:
+        for values, colour, style in ((predicted, themed.OURS, dashes(0)), (achieved, themed.ORACLE, "-")):
+            if values:
+                axis.plot(
+                    [x for x, _ in values],
+                    [y for _, y in values],
+                    color=colour,
+                    ls=style,
+                    marker="o",
+                    ms=4.5,
+                    lw=1.8,
+                )
+        axis.set_xlabel(_RELATIVE)
+        axis.set_ylabel("squared error of the outputs\n(share of their variance)")
+        axis.set_ylim(bottom=0)
+
+    return picture(
+        "error", "error of the outputs, predicted and achieved, against multiply-adds", draw, tuple(keys)
+    )
+
+
+def predicted_error(row: Row) -> float | None:
+    """The error of the outputs on held-out proxies, against the ensemble where that was looked at."""
+    return row.predicted if row.fidelity is None else row.fidelity.error
+
+
+def achieved_error(row: Row) -> float | None:
+    """Mean over tasks of the error of the outputs on test images; None where it is not known."""
+    errors = [score.error for score in row.evaluation.tasks if score.error is not None]
+    return sum(errors) / len(errors) if errors else None
+
+
+def residual_chart(results: Results) -> Picture | None:
+    """Relative residual of every layer, one line per merged network; None without least squares."""
+    shown = [(point, layers) for point, layers in results.layers.items() if layers]
+    if not shown:
+        return None
+    names = [layer.name for layer in shown[0][1]]
+    lines = [(point.label, [100 * layer.residual for layer in layers]) for point, layers in shown]
+    return _by_layer("residual", "residual of the solve\n(% of the target's variance)", names, lines)
+
+
+def similarity_chart(similarity: Sequence[Mapping[str, Any]]) -> Picture | None:
+    """How alike the paired units of the parents are, layer by layer, as they come and matched."""
+    if not similarity:
+        return None
+    names = [layer["layer"] for layer in similarity]
+    lines = [(kind, [layer[kind] for layer in similarity]) for kind in ("unmatched", "matched")]
+    return _by_layer("similarity", "correlation of paired units\n(mean, 1 is alike)", names, lines)
+
+
+def _by_layer(
+    name: str, unit: str, layers: Sequence[str], lines: Sequence[tuple[str, Sequence[float]]]
+) -> Picture:
+    colours = [POINTS[min(number, len(POINTS) - 1)] for number in range(len(lines))]
+
+    def draw(axis: Axes) -> None:
+        for number, (_, values) in enumerate(lines):
+            marker = MARKERS[number % len(MARKERS)]
+            axis.plot(range(len(values)), values, color=colours[number], marker=marker, ms=3.5, lw=1.3)
+        axis.set_ylabel(unit)
+        axis.set_ylim(bottom=min(0.0, *(min(values) for _, values in lines)))
+        step = -(-len(layers) // 60)
+        axis.set_xticks(range(0, len(layers), step), layers[::step], rotation=90, fontsize=7)
+
+    keys = tuple(Key(label, colour) for (label, _), colour in zip(lines, colours, strict=True))
+    width = max(4.4, min(11.0, 0.17 * len(layers) + 1.2))
+    return picture(name, f"{unit} by layer", draw, keys, (width, 3.2), wide=width > 5)
+
+
+def refine_charts(refined: Mapping[str, Mapping[str, Any]]) -> list[Picture]:
+    """What refining did against the time it took, one line per network; nothing where nothing was refined.
+
+    Agreement with the parents on held-out proxies, which decided; and the accuracy, where there is any.
+    """
+    if not refined:
+        return []
+    agreement, accuracy = [], []
+    for told in refined.values():
+        looks = [(0.0, told["start"]), *((look["seconds"], look["evidence"]) for look in told["history"])]
+        agreement.append([(second, _mean(evidence["agreement"].values())) for second, evidence in looks])
+        accuracy.append([(look["seconds"], look["average"]) for look in told["curve"]])
+    colours = [POINTS[min(number, len(POINTS) - 1)] for number in range(len(refined))]
+    keys = tuple(Key(label, colour) for label, colour in zip(refined, colours, strict=True))
+
+    def draw(lines: Sequence[Sequence[tuple[float, float]]], unit: str) -> Callable[[Axes], None]:
+        def on(axis: Axes) -> None:
+            for number, line in enumerate(lines):
+                x, y = [second for second, _ in line], [100 * value for _, value in line]
+                axis.plot(x, y, color=colours[number], marker=MARKERS[number % len(MARKERS)], ms=3.5, lw=1.3)
+            axis.set_xlabel("seconds of refining")
+            axis.set_ylabel(unit)
+
+        return on
+
+    unit = "agreement with the parents\non held-out proxies (%)"
+    found = [picture("refine0", "agreement against seconds of refining", draw(agreement, unit), keys)]
+    if any(accuracy):
+        unit = "accuracy, mean of the tasks (%)"
+        found.append(picture("refine1", "accuracy against seconds of refining", draw(accuracy, unit), keys))
+    return found
+
+
+def barrier_chart(results: Results) -> Picture | None:
+    """The loss along the lines between parents."""
+    lines = results.barriers
+    if not lines:
+        return None
+    styles = {True: (themed.OURS, "-", ""), False: (themed.OTHER, dashes(0), DASHES[0])}
+
+    def draw(axis: Axes) -> None:
+        for line in lines:
+            colour, style, _ = styles[line.matched]
+            axis.plot(line.at, line.losses, color=colour, ls=style, marker="o", ms=3.5, lw=1.5)
+        axis.set_xlabel("place on the line between two parents")
+        axis.set_ylabel("negative log-likelihood\n(nats, mean of the tasks)")
+        axis.set_ylim(bottom=0)
+
+    keys = tuple(
+        Key("units matched" if matched else "units as they come", colour, dash)
+        for matched, (colour, _, dash) in styles.items()
+    )
+    return picture("barrier", "loss along the line between parents", draw, keys)
+
+
+def _mean(values: Iterable[float]) -> float:
+    numbers = list(values)
+    return sum(numbers) / len(numbers)

@@ -10,31 +10,47 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 
 from datafree.artefact.card_data import UNKNOWN_LICENSE, metadata, own_row, reference_name, without_paths
-from datafree.evaluation.results import Results, cells, columns
+from datafree.evaluation.results import Results, cells, columns, legend
 
 if TYPE_CHECKING:
     import pleas
     from datafree.artefact.description import Description
+    from datafree.report.sheets import Sheet
 
 
-def html_report(results: Results, run: Mapping[str, Any], recipe: str) -> str:
-    """The page of a run: one table, accuracy against FLOPs, residuals by layer, plans, proxies, recipe.
+def html_report(results: Results, run: Mapping[str, Any], recipe: str, sheets: Sequence[Sheet] = ()) -> str:
+    """The page of a run: one file that asks for nothing else, for light and dark, screens, phones and paper.
 
-    run: the content of `run.json`      recipe: the resolved recipe's text
+    run: the content of `run.json`      recipe: the resolved recipe's text      sheets: what the proxies look like
     """
-    from datafree.report.charts import (  # matplotlib takes a second to import
-        accuracy_chart,
-        refine_chart,
-        residual_chart,
-    )
+    from datafree.report import charts, view  # matplotlib takes a second to import
+    from datafree.report.themed import OURS, PARENTS, Key
 
+    parents = [row.name for row in results.of_kind("parent")]
+    plans = [(point, {**plan, "bars": view.widths(plan, parents)}) for point, plan in results.plans.items()]
+    own = None if results.verdict is None or results.verdict.row is None else results.verdict.row.point
+    owners = [Key("all parents", OURS, None)]
+    owners += [Key(f"{name} alone", PARENTS[i % len(PARENTS)], None) for i, name in enumerate(parents)]
     return render(
         "report.html.j2",
         results=results,
-        table=_table(results),
-        accuracy=accuracy_chart(results),
-        residuals=residual_chart(results),
-        refining=refine_chart(run.get("refine", {})),
+        headline=view.headline(results),
+        legend=legend(results),
+        notes=list(dict.fromkeys(row.note for row in results.rows if row.note)),
+        cost=charts.cost_charts(results),
+        task_rows=view.task_table(results),
+        confusions=view.confusions(results),
+        lights=view.LIGHTS,
+        sheets=sheets,
+        error=charts.error_chart(results),
+        errors=view.error_table(results),
+        residuals=charts.residual_chart(results),
+        similarity=charts.similarity_chart(run.get("similarity", ())),
+        refining=charts.refine_charts(run.get("refine", {})),
+        barrier=charts.barrier_chart(results),
+        plans=sorted(plans, key=lambda one: one[0] != own),
+        owners=owners,
+        timings=view.timings(run),
         run=run,
         recipe=recipe,
     )
@@ -63,12 +79,11 @@ def model_card(
 
 
 def _table(results: Results) -> dict[str, Any]:
-    ours = [row.kind in ("merged", "refined") for row in results.rows]
     return {
         "columns": columns(results),
         "rows": [cells(results, row) for row in results.rows],
-        "ours": ours,
         "notes": [row.note for row in results.rows],
+        "legend": legend(results),
     }
 
 

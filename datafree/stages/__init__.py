@@ -4,8 +4,10 @@ order.
 Long stages keep what they found in the store, so that a run that was interrupted goes on where it stopped.
 """
 
+from datafree.stages.barrier import measure_barriers
 from datafree.stages.comparing import Chosen, Compared, caution, choose_methods, compare_methods
 from datafree.stages.diagnosing import judge_proxies
+from datafree.stages.holding import HeldOut, hold_out
 from datafree.stages.inputs import (
     EvaluationSet,
     Inputs,
@@ -18,7 +20,8 @@ from datafree.stages.inputs import (
     refine_seed,
     refuse_leak,
 )
-from datafree.stages.judging import AllParents, Judge, evaluate_all
+from datafree.stages.judging import AllParents, Judge, evaluate_all, time_networks
+from datafree.stages.likeness import layer_similarity
 from datafree.stages.merging import (
     Merged,
     check_rows,
@@ -36,6 +39,7 @@ __all__ = [
     "Chosen",
     "Compared",
     "EvaluationSet",
+    "HeldOut",
     "Inputs",
     "Judge",
     "LoadedParents",
@@ -51,19 +55,23 @@ __all__ = [
     "evaluate_all",
     "exact_arithmetic",
     "gather_evidence",
+    "hold_out",
     "image_inputs",
     "judge_proxies",
+    "layer_similarity",
     "load_oracle",
     "load_parents",
     "load_tasks",
     "make_plans",
     "make_proxies",
     "make_refine_proxies",
+    "measure_barriers",
     "merge_real",
     "proxy_inputs",
     "refine_merged",
     "refine_seed",
     "refuse_leak",
     "solve_plans",
+    "time_networks",
     "trace_parents",
 ]

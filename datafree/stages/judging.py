@@ -3,22 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import pleas
 from datafree.cache.store import Stage, content_hash
-from datafree.evaluation.evaluate import Columns, Evaluation, TaskScore, evaluate, parent_columns
+from datafree.errors import RunError
+from datafree.evaluation.evaluate import (
+    Columns,
+    Evaluation,
+    Task,
+    TaskScore,
+    evaluate_outputs,
+    parent_columns,
+    predict,
+    predict_batches,
+    relative_to,
+)
+from datafree.evaluation.fidelity import Fidelity, fidelity
+from datafree.evaluation.latency import measure_latency
 from datafree.evaluation.results import Kind, Point, Row
 from datafree.images.preprocess import Preprocess
 from datafree.stages.comparing import Compared
+from datafree.stages.holding import HeldOut
 from datafree.stages.inputs import EvaluationSet
 from datafree.stages.merging import Merged
 from datafree.stages.parents import LoadedParents
 from datafree.stages.work import Work
 
+TIMED = 8  # images of a forward pass that is timed
 Curves = Mapping[Point, list[dict[str, float | None]]]  # seconds of refining, task average, joint accuracy
 
 
@@ -56,14 +73,15 @@ def evaluate_all(
     refined: Sequence[Merged],
     oracles: Sequence[Merged],
     notes: Mapping[str, str],
+    held: HeldOut,
 ) -> tuple[tuple[Row, ...], Curves]:
-    """Every network on every task it can answer, and how refining got there.
+    """Every network on every task it can answer and on held-out proxies, and how refining got there.
 
     notes: what the reader must know of other methods, by name
     """
     with work.progress.stage("evaluation"):
         said = dict.fromkeys(text for one in merged for text in one.result.contradictions)
-        judge, rows = Judge.with_parents(work, parents, tasks, ". ".join(said))
+        judge, rows = Judge.with_parents(work, parents, tasks, ". ".join(said), held)
         rows += [
             judge.row(one.chosen.kind, one, name=one.name, note=notes.get(one.name, "")) for one in compared
         ]
@@ -93,31 +111,53 @@ class Judge:
     parents: LoadedParents
     tasks: EvaluationSet
     parent_scores: Mapping[str, Evaluation]
+    held: HeldOut | None = None
+    logits: dict[str, Tensor] = field(
+        default_factory=dict
+    )  # the ensemble's by task, where they were asked for
 
     @classmethod
     def with_parents(
-        cls, work: Work, parents: LoadedParents, tasks: EvaluationSet, note: str = ""
+        cls,
+        work: Work,
+        parents: LoadedParents,
+        tasks: EvaluationSet,
+        note: str = "",
+        held: HeldOut | None = None,
     ) -> tuple[Judge, list[Row]]:
         """A judge that knows what the parents answer, and the parents' own rows.
 
         note: what the reader must know of the ensemble
+        held: proxies to compare networks on; without them rows have no fidelity
         """
-        alone = cls(work, parents, tasks, {})
+        alone = cls(work, parents, tasks, {}, held)
         labels = work.recipe.recipe.labels
-        rows, scores = [], {}
+        scores, columns = {}, {}
         cost = pleas.flops(parents.first.module, parents.example)
         outputs = {parent.name: parent.outputs for parent in parents.each}
         for parent in parents.each:
-            columns = parent_columns(labels, parent.name, outputs)
-            scores[parent.name] = alone.score(parent.module, columns, parent.preprocess)
-            rows.append(
-                Row("parent", parent.name, cost, 1.0, _parameters(parent.module), scores[parent.name])
-            )
-        judge = replace(alone, parent_scores=scores)
-        together, count = AllParents(parents, labels), len(parents.each)
+            columns[parent.name] = parent_columns(labels, parent.name, outputs)
+            scores[parent.name] = alone.score(parent.module, columns[parent.name], parent.preprocess)
+        judge, rows = replace(alone, parent_scores=scores), []
+        for parent in parents.each:
+            close = judge.fidelity(parent.module, columns[parent.name], parent.preprocess)
+            size, found = _parameters(parent.module), relative_to(scores, scores[parent.name])
+            rows.append(Row("parent", parent.name, cost, 1.0, size, found, fidelity=close))
+        together, count = judge.together, len(parents.each)
         evaluation = judge.score(together, judge.columns, parents.input)
-        size = _parameters(together)
-        rows.append(Row("ensemble", "", count * cost, float(count), size, evaluation, note=note))
+        close = judge.fidelity(together, judge.columns, parents.input)
+        rows.append(
+            Row(
+                "ensemble",
+                "",
+                count * cost,
+                float(count),
+                _parameters(together),
+                evaluation,
+                note=note,
+                fidelity=close,
+            )
+        )
         return judge, rows
 
     @property
@@ -138,9 +178,9 @@ class Judge:
         predicted = None
         if isinstance(result, pleas.MergeResult) and kind in ("merged", "oracle"):
             predicted = result.held_out_error
-        return Row(
-            kind, name, result.flops, result.ratio, result.parameters, evaluation, point, note, predicted
-        )
+        close = self.fidelity(result.module, self.columns, self.parents.input)
+        size = result.parameters
+        return Row(kind, name, result.flops, result.ratio, size, evaluation, point, note, predicted, close)
 
     def curve(self, one: Merged, start: Evaluation) -> list[dict[str, float | None]]:
         """Accuracy of a network against seconds of refining, from what was kept of it on the way."""
@@ -151,52 +191,97 @@ class Judge:
 
     def score(self, module: nn.Module, columns: Columns, preprocess: Preprocess) -> Evaluation:
         """As `evaluate`, from the store where this network met these images before."""
-        meaning = {
+        meaning = {**self._meaning(module, columns, preprocess), "tasks": self.tasks.fingerprint}
+
+        def outputs(task: Task) -> Tensor:
+            return self._on_task(module, preprocess, task)
+
+        def make() -> Stage:
+            own = self._ensemble_on if isinstance(module, AllParents) else outputs
+            found = evaluate_outputs(own, self.tasks.tasks, columns, self._ensemble_on)
+            predictions = {score.task: torch.from_numpy(score.predictions) for score in found.tasks}
+            return Stage(predictions, found.to_dict())
+
+        found = _evaluation(self.work.finished("evaluation", meaning, make), self.tasks)
+        return relative_to(self.parent_scores, found)
+
+    @cached_property
+    def together(self) -> AllParents:
+        """The ensemble."""
+        return AllParents(self.parents, self.work.recipe.recipe.labels)
+
+    def _ensemble_on(self, task: Task) -> Tensor:
+        if task.name not in self.logits:
+            self.logits[task.name] = self._on_task(self.together, self.parents.input, task)
+        return self.logits[task.name]
+
+    def _on_task(self, module: nn.Module, preprocess: Preprocess, task: Task) -> Tensor:
+        device = self.work.device
+        return predict(module, task.images, preprocess, device=device, progress=self.work.progress)
+
+    def fidelity(self, module: nn.Module, columns: Columns, preprocess: Preprocess) -> Fidelity | None:
+        """How close a network is to its parents on held-out proxies; None where the judge has none."""
+        held = self.held
+        if held is None:
+            return None
+        meaning = {**self._meaning(module, columns, preprocess), "held out": held.fingerprint}
+
+        def make() -> Stage:
+            outputs = self._predict(module, preprocess)
+            return Stage({}, fidelity(outputs, self._answers, columns, self._target, held.owners).to_dict())
+
+        return Fidelity(**self.work.finished("fidelity", meaning, make).value)
+
+    @cached_property
+    def _answers(self) -> dict[str, Tensor]:
+        return {each.name: self._predict(each.module, each.preprocess) for each in self.parents.each}
+
+    @property
+    def _target(self) -> Tensor:
+        answers = list(self._answers.values())
+        separate = self.work.recipe.recipe.labels == "separate"
+        return torch.cat(answers, 1) if separate else torch.stack(answers).mean(0)
+
+    def _predict(self, module: nn.Module, preprocess: Preprocess) -> Tensor:
+        """Outputs for the held-out proxies. Raises RunError where they are not finite."""
+        assert self.held is not None
+        batches = (preprocess(images.to(self.work.device)) for images in self.held.images.split(256))
+        outputs = predict_batches(module, batches, device=self.work.device)
+        if not outputs.isfinite().all():
+            raise RunError("a network returned NaN or infinity on held-out proxies; its weights overflowed")
+        return outputs
+
+    def _meaning(self, module: nn.Module, columns: Columns, preprocess: Preprocess) -> dict[str, Any]:
+        return {
             "state": content_hash(module.state_dict()),
             "network": pleas.program_config(module)
             or f"{type(module).__module__}.{type(module).__qualname__}",
             "parents": self.parents.fingerprint,
             "columns": {name: [head.start, head.stop] for name, head in columns.items()},
             "preprocess": preprocess.to_dict(),
-            "tasks": self.tasks.fingerprint,
-            "agreement": sorted(self.parent_scores),
             "device": self.work.device.type,
             "torch": torch.__version__,
         }
 
-        def make() -> Stage:
-            found = evaluate(
-                module,
-                self.tasks.tasks,
-                preprocess,
-                columns,
-                parents=self.parent_scores,
-                device=self.work.device,
-                progress=self.work.progress,
-            )
-            predictions = {score.task: torch.from_numpy(score.predictions) for score in found.tasks}
-            return Stage(predictions, found.to_dict())
 
-        stage = self.work.finished("evaluation", meaning, make)
-        return _evaluation(stage)
-
-
-def _evaluation(stage: Stage) -> Evaluation:
+def _evaluation(stage: Stage, tasks: EvaluationSet) -> Evaluation:
+    targets, value = {task.name: task.targets for task in tasks.tasks}, stage.value
     scores = tuple(
-        TaskScore(
-            task=task,
-            expert=value["expert"],
-            count=value["count"],
-            accuracy=value["accuracy"],
-            per_class=value["per_class"],
-            worst_class=(value["worst_class"]["class"], value["worst_class"]["accuracy"]),
-            agreement=value["agreement"],
-            predictions=stage.tensors[task].numpy(),
-        )
-        for task, value in stage.value["tasks"].items()
+        TaskScore.from_dict(task, told, stage.tensors[task].numpy(), targets[task])
+        for task, told in value["tasks"].items()
     )
-    return Evaluation(scores, stage.value["average"], stage.value["joint"])
+    intervals = [value[key] and tuple(value[key]) for key in ("interval", "joint_interval")]
+    return Evaluation(scores, value["average"], value["joint"], *intervals)
 
 
 def _parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+def time_networks(work: Work, parents: LoadedParents, ours: Mapping[str, nn.Module]) -> dict[str, Any]:
+    """The latency of the networks of a run beside one parent and the ensemble."""
+    images = torch.zeros(TIMED, *parents.input.shape)
+    together = AllParents(parents, work.recipe.recipe.labels)
+    networks = {f"parent {parents.first.name}": parents.first.module, "ensemble": together, **ours}
+    with work.progress.stage("latency"):
+        return measure_latency(networks, images, device=work.device).to_dict()

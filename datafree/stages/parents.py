@@ -16,6 +16,7 @@ from datafree.images.preprocess import Preprocess
 from datafree.models.parent import Parent, load_base, load_parent
 from datafree.recipe.file import RecipeFile
 from datafree.stages.work import Work
+from pleas.plan.reach import reach, say_reach
 
 
 @dataclass(frozen=True)
@@ -156,12 +157,19 @@ def merged_input(parents: Sequence[Parent]) -> tuple[Preprocess, tuple[str, ...]
 
 
 def trace_parents(work: Work, parents: LoadedParents) -> pleas.Parents:
-    """The networks of the merge: which units of their architecture are exchangeable, verified numerically."""
+    """The networks of the merge: which units of their architecture are exchangeable, verified numerically.
+
+    Says where everything apart is not the ensemble, and which budgets of the recipe cannot be reached.
+    """
     with work.progress.stage("symmetry"), work.recipe.at("parents", parents.first.name, "model"):
-        return pleas.Parents.of(
+        networks = pleas.Parents.of(
             [parent.module for parent in parents.each],
             parents.example,
             work.settings,
             names=parents.names,
             base=None if parents.base is None else parents.base.module,
         )
+        budgets = [point.value for point in work.points if point.kind == "budget"]
+        for note in (*networks.notes, *say_reach(reach(networks), budgets)):
+            work.progress.note(note)
+    return networks

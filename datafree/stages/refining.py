@@ -20,6 +20,7 @@ from datafree.proxy.source import Request
 from datafree.recipe.file import RecipeFile
 from datafree.recipe.schema import FreshSpec, RefineSpec
 from datafree.seeds import derive_seed
+from datafree.stages.holding import source_names, unused_images
 from datafree.stages.merging import Merged
 from datafree.stages.parents import LoadedParents
 from datafree.stages.work import Work
@@ -138,6 +139,7 @@ def _refine_one(
     meaning = {
         "parents": parents.fingerprint,
         "images": [part.fingerprint for part in proxies],
+        "unused": [work.settings.holdout, work.settings.seed],
         "start": content_hash(one.result.module.state_dict()),
         "network": pleas.program_config(one.result.module),
         "settings": asdict(settings),
@@ -207,19 +209,14 @@ def _run(
         augment=AUGMENT[spec.augment],
         renew=renew,
         features=features,
-        groups=_sources(proxies),
+        groups=source_names(proxies),
+        unused=unused_images(work, proxies),
         snapshots=curve,
         device=work.device,
         state=None if kept is None else _joined(kept.value, kept.tensors),
         checkpoint=lambda state: work.keep("refining", meaning, *_parted(state)),
         progress=lambda text, done, total: work.progress(f"{one.point.label}: {text}", done, total),
     )
-
-
-def _sources(proxies: Sequence[ProxySet]) -> list[str]:
-    """The source of every image by name; those of further proxies by names of their own."""
-    first, *more = proxies
-    return [*first.source_names, *(f"further {name}" for part in more for name in part.source_names)]
 
 
 def _told(found: RefineResult) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 
 import pleas
 from datafree.cache.limit import limit_bytes
-from datafree.cache.store import DamagedStage, Stage, Store, cache_folder, stage_key
+from datafree.cache.store import DamagedStage, Stage, Store, cache_folder, check_writable, stage_key
 from datafree.errors import UsageError
 from datafree.evaluation.results import Point
 from datafree.progress import StageProgress
@@ -79,7 +79,8 @@ class Work:
 
 def begin(recipe: RecipeFile, device: str = "auto", progress: StageProgress | None = None) -> Work:
     """The start of a run of `recipe`; device: "auto", "cpu", "cuda" or "cuda:N"."""
-    limit_bytes()  # a limit that is no number is found before any work
+    limit_bytes()  # a limit that is no number is found before any work, as is a cache that is of no use
+    check_writable(cache_folder())
     return Work(recipe, choose_device(device), Store(cache_folder()), progress or StageProgress())
 
 

@@ -2,7 +2,7 @@
 
 Units stay as they come: siblings of one base are in one order. Only learnt tensors have task vectors. Statistics of
 batch norms are the mean of the parents' (then repaired as the method's `repair` says), and so are tensors that the base
-has in another shape, such as a head of other classes; counters are the first parent's.
+has in another shape, such as a head of other classes; counters and other whole numbers are the first parent's.
 """
 
 from __future__ import annotations

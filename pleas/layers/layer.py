@@ -243,8 +243,8 @@ def _patches(layer: Layer, inputs: Tensor, positions: Tensor | None) -> Tensor:
     if positions is None:
         total = int(torch.Size(extents).numel())
         positions = torch.arange(total, device=inputs.device).expand(count, total)
-    coordinates = torch.unravel_index(positions, extents)
-    taps = torch.unravel_index(torch.arange(layer.taps, device=inputs.device), layer.kernel)
+    coordinates = _unravelled(positions, extents)
+    taps = _unravelled(torch.arange(layer.taps, device=inputs.device), layer.kernel)
     # One flat spatial index per (image, position, tap): on channels-last memory a gather copies whole vectors.
     flat = torch.zeros((count, positions.shape[1], layer.taps), dtype=torch.int64, device=inputs.device)
     for axis, size in enumerate(padded.shape[2:]):
@@ -254,6 +254,15 @@ def _patches(layer: Layer, inputs: Tensor, positions: Tensor | None) -> Tensor:
     flat = flat + torch.arange(count, device=inputs.device)[:, None, None] * area
     channels_last = padded.flatten(2).transpose(1, 2).reshape(count * area, -1)
     return channels_last.index_select(0, flat.flatten()).view(-1, layer.taps, channels_last.shape[1])
+
+
+def _unravelled(flat: Tensor, extents: Sequence[int]) -> list[Tensor]:
+    """Coordinates of flat indices; torch.unravel_index makes a CPU wait for the GPU, once for every call."""
+    found = []
+    for size in reversed(extents):
+        found.append(flat % size)
+        flat = flat.div(size, rounding_mode="floor")
+    return found[::-1]
 
 
 def output_extents(layer: Layer, spatial: Sequence[int]) -> tuple[int, ...]:

@@ -319,12 +319,22 @@ def flops(module: nn.Module, example: Tensor) -> int:
     """Floating-point operations of one forward pass of one image, 2 per multiply-add: the same whatever kernels torch
     picks (see `counting`).
 
-    Runs on fake tensors, which keep their device: no arithmetic, no change to the module. (The meta device would not
-    do: exported graphs may name the device on which they make a constant.)
+    Runs on fake tensors in place of the module's own: no arithmetic, no change to the module, wherever it is. (The meta
+    device would not do: a forward may ask for the device of its input, and make constants there.)
     """
     shadow = copy.deepcopy(module).eval()
-    device = next(iter(module.parameters())).device
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with fake, counting() as counter, torch.no_grad():
-        shadow(torch.empty(1, *example.shape[1:], dtype=example.dtype, device=device))
+        for part in shadow.modules():
+            for name, value in part._parameters.items():
+                if value is not None:
+                    part._parameters[name] = nn.Parameter(_unfilled(value), requires_grad=False)
+            for name, value in part._buffers.items():
+                if value is not None:
+                    part._buffers[name] = _unfilled(value)
+        shadow(torch.empty(1, *example.shape[1:], dtype=example.dtype))
     return int(counter.get_total_flops())
+
+
+def _unfilled(tensor: Tensor) -> Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype)

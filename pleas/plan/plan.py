@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -19,7 +19,9 @@ from pleas.errors import InputError
 from pleas.evidence import Evidence
 from pleas.plan.cost import FlopModel
 from pleas.plan.fusing import Split
+from pleas.plan.heads import merged_outputs
 from pleas.plan.layout import ClassPlan, everyone
+from pleas.plan.reach import reach, say_reach
 from pleas.settings import Allocation, MergeSettings
 
 CHUNKS = 32  # a class is kept apart in steps of 1/32 of its splits
@@ -34,6 +36,7 @@ class Plan:
     share_apart:     of the units there could be beyond those of one parent, those that there are
     saved, at_stake: predicted relative error that keeping units apart avoids, and what fusing everything
         would cost; None where nothing had to be predicted
+    notes:           what is to be said of a budget that cannot be reached
     """
 
     classes: Mapping[int, ClassPlan]
@@ -42,6 +45,7 @@ class Plan:
     share_apart: float
     saved: float | None = None
     at_stake: float | None = None
+    notes: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         return (
@@ -74,13 +78,14 @@ def make_plan(
 
     allocation: instead of that of the settings
 
-    Classes that cannot be widened stay fused. With separate heads the output class is as many heads side by side;
-    a budget below what that alone costs gives the narrowest network.
+    Classes that cannot be widened stay fused; `notes` says where the budget cannot be reached for that. With separate
+    heads the output class is as many heads side by side; a budget below what that alone costs gives the narrowest
+    network.
     """
     parents = evidence.parents
     settings: MergeSettings = parents.settings
     _check(budget, apart, parents.count)
-    outputs = _outputs(evidence)
+    outputs = merged_outputs(parents)
     model = FlopModel(parents.symmetry, parents.count, outputs)
     sizes = {
         i: c.size
@@ -104,7 +109,8 @@ def make_plan(
             return model.total(_masks(counts, candidate)) <= limit
 
         widths = _widest(splits, counts, model, allocation or settings.allocation, fits)
-    return _plan(evidence, splits, widths, sizes, model, outputs)
+    found = _plan(evidence, splits, widths, sizes, model, outputs)
+    return found if budget is None else replace(found, notes=say_reach(reach(parents), [budget]))
 
 
 def _check(budget: float | None, apart: float | None, parents: int) -> None:
@@ -124,19 +130,6 @@ def _check(budget: float | None, apart: float | None, parents: int) -> None:
         )
     if apart is not None and not 0 <= apart <= 1:
         raise InputError(f"apart = {apart}: must lie between 0 (all units fused) and 1 (none)")
-
-
-def _outputs(evidence: Evidence) -> ClassPlan | None:
-    """The merged outputs where the parents do not share all of theirs: one head per parent."""
-    parents = evidence.parents
-    if parents.settings.heads == "shared":
-        return None
-    if len(parents.symmetry.output) != 1:
-        raise InputError("separate heads need a model with one output layer; use heads='shared'")
-    sizes = [parents.outputs(p) for p in range(parents.count)]
-    masks = torch.cat([torch.full((size,), 1 << p) for p, size in enumerate(sizes)])
-    sources = torch.cat([torch.arange(size) for size in sizes]).expand(parents.count, -1)
-    return ClassPlan(masks, sources, sizes[0], tuple(sizes))
 
 
 @dataclass(frozen=True)

@@ -105,6 +105,7 @@ def refine(
     renew: Renew | None = None,
     features: Features | None = None,
     groups: list[str] | None = None,
+    unused: Tensor | None = None,
     snapshots: int = 0,
     device: torch.device | str = "cpu",
     state: State | None = None,
@@ -124,6 +125,7 @@ def refine(
     features:    which inner activations are compared, for settings.feature_weight
     groups:      the source of every image by name: the same share of each is held out, and a result is kept only where
                  it is closer to the parents on every source with 32 held-out images
+    unused:      bool (N,), images that no layer of `module` was solved on: they are held out before any other
     snapshots:   how often, evenly over the run, the network is kept beside the best one, settings.checks at most:
                  for looking at it afterwards, nothing in the run depends on it
     state:       what `checkpoint` was given last by a run that was interrupted: the run goes on from there,
@@ -146,7 +148,7 @@ def refine(
         )
     device = torch.device(device)
     _check_teachers(teachers)
-    train, held, sources = _divided(images, settings, groups)
+    train, held, sources = _divided(images, settings, groups, unused)
     frozen = [_frozen(teacher, device) for teacher in teachers]
     typical, said = _whose(frozen, images, normalise, settings, heads == "shared", device)
     parents = Teachers(frozen, normalise, shared=heads == "shared", typical=typical)
@@ -192,7 +194,7 @@ def refine(
 
 
 def _divided(
-    images: Tensor, settings: RefineSettings, groups: list[str] | None
+    images: Tensor, settings: RefineSettings, groups: list[str] | None, unused: Tensor | None
 ) -> tuple[Tensor, Tensor, list[str] | None]:
     """Images to train on, images held out, and the sources of these."""
     if images.dtype != torch.uint8 or images.ndim != 4:
@@ -210,7 +212,12 @@ def _divided(
         )
     if groups is not None and len(groups) != count:
         raise InputError(f"groups names {len(groups)} sources for {count} images: give one for every image")
-    train, held = split_off(count, share_held_out(count, settings.holdout), settings.seed, groups)
+    if unused is not None and unused.shape != (count,):
+        raise InputError(
+            f"unused has shape {tuple(unused.shape)} for {count} images: give one value for every image"
+        )
+    share = share_held_out(count, settings.holdout)
+    train, held = split_off(count, share, settings.seed, groups, unused)
     return images[train], images[held], None if groups is None else [groups[i] for i in held.tolist()]
 
 

@@ -75,13 +75,20 @@ class Batches:
 
 
 def split_off(
-    count: int, share: float, seed: int, sources: Sequence[str] | None = None
+    count: int,
+    share: float,
+    seed: int,
+    sources: Sequence[str] | None = None,
+    unused: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Indices to train on and indices held out, both ascending; a seeded choice.
 
     sources: of every image; the same share of each is held out
+    unused:  bool (count,), images that nothing learnt from so far: these are held out before any other
     """
     order = torch.randperm(count, generator=generator_for(seed, "held out"))
+    if unused is not None:
+        order = torch.cat([order[unused[order]], order[~unused[order]]])
     parts = [order]
     if sources is not None:
         parts = [order[[sources[i] == name for i in order.tolist()]] for name in sorted(set(sources))]

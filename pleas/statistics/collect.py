@@ -107,9 +107,17 @@ def collect(
         each = for_each(batch, parents)
         states = states or placed(parents.states, each[0])
         count, start = len(each[0]), index
+        sums: list[tuple[Site, list[Tensor]]] = []
 
-        def read(reading: _Reading, values: list[Tensor], *, count: int = count, start: int = start) -> None:
-            _check_finite(values, reading.site, parents)
+        def read(
+            reading: _Reading,
+            values: list[Tensor],
+            *,
+            count: int = count,
+            start: int = start,
+            sums: list[tuple[Site, list[Tensor]]] = sums,
+        ) -> None:
+            sums.append((reading.site, [value.sum().double() for value in values]))
             rows = [_unit_rows(x, reading, sampler, count, start) for x in values]
             joined = torch.cat(rows, -1)[None]
             if reading.site not in units:
@@ -126,6 +134,7 @@ def collect(
 
         with torch.no_grad():
             execute(symmetry.program.graph, states, each, visit, seen)
+        _check_finite(sums, parents)
         index += count
         if progress is not None:
             progress("statistics", done, len(inputs) if hasattr(inputs, "__len__") else 0)  # type: ignore[arg-type]
@@ -208,12 +217,19 @@ def _unit_rows(
     return value.flatten(0, 1)
 
 
-def _check_finite(values: list[Tensor], site: Site, parents: Parents) -> None:
-    for value, name in zip(values, parents.names, strict=True):
-        if not bool(torch.isfinite(value.sum())):
-            layer = site[0].rpartition(".")[0] or site[0]
-            what = "input" if site[1] == 1 else "output"
-            raise NonFinite(
-                f"parent {name}: the {what} of layer '{layer}' is NaN or infinite on the proxy "
-                "images. Check that parent's weights and the preprocessing (mean, std, range)."
-            )
+def _check_finite(sums: list[tuple[Site, list[Tensor]]], parents: Parents) -> None:
+    """Of all sites of a batch at once: to look at a number of a GPU is to wait for it."""
+    if not sums or bool(torch.stack([value for _, each in sums for value in each]).isfinite().all()):
+        return
+    site, name = next(
+        (site, name)
+        for site, each in sums
+        for value, name in zip(each, parents.names, strict=True)
+        if not bool(value.isfinite())
+    )
+    layer = site[0].rpartition(".")[0] or site[0]
+    what = "input" if site[1] == 1 else "output"
+    raise NonFinite(
+        f"parent {name}: the {what} of layer '{layer}' is NaN or infinite on the proxy "
+        "images. Check that parent's weights and the preprocessing (mean, std, range)."
+    )

@@ -156,6 +156,6 @@ def _chains(leaves: Leaves) -> dict[int, list[int]]:
 
 
 def _crossing(leaves: Leaves) -> list[tuple[int, int]]:
-    """Pairs of blocks that overlap, neither inside the other (neighbours in a chain suffice to find one)."""
-    pairs = {pair for chain in _chains(leaves).values() for pair in itertools.pairwise(chain)}
+    """All pairs of blocks that overlap, neither inside the other; a family is settled by the whole of them."""
+    pairs = {pair for chain in _chains(leaves).values() for pair in itertools.combinations(chain, 2)}
     return sorted(pair for pair in pairs if not leaves[pair[0]] <= leaves[pair[1]])

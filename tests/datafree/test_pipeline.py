@@ -110,9 +110,10 @@ def test_run_json_says_how_it_was_made(outcome: Outcome) -> None:
 
 def test_the_report_and_the_cards_are_readable(outcome: Outcome) -> None:
     page = (outcome.folder / "report.html").read_text()
-    assert page.count("<svg") == 2
+    assert page.count('role="img"') == 6, "accuracy: mean and two tasks; error, similarity and residual"
+    assert page.count("data:image/") == 1, "the proxies' contact sheet"
     assert "merged, budget 1.4" in page
-    assert "How they look to the parents" in page
+    assert "looks to the parents" in page
     card = (outcome.artefacts[1] / "README.md").read_text()
     assert "# tiny, budget 1.4" in card
     assert "| **merged, budget 1.4** |" in card, "the row of this folder is bold"
@@ -335,6 +336,7 @@ def test_merge_prints_the_table_and_the_places(tiny: Tiny, tmp_path: Path) -> No
         "upright",
         "rotated",
         "average",
+        *("agree", "a", "agree", "b", "agree", "own", "KL"),
         "predicted",
         "FLOPs",
         "ratio",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 from pathlib import Path
 
 import click
@@ -33,6 +34,8 @@ def test_timings_add_up_over_stages_of_one_name() -> None:
         progress.note("seen")
     assert list(progress.timings) == ["plan", "report"]
     assert progress.notes == ["seen"]
+    if sys.platform != "win32":
+        assert 1 < progress.memory["plan"] <= progress.memory["report"] < 1e6
 
 
 def test_a_pipe_gets_one_line_per_stage() -> None:

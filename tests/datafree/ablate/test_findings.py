@@ -111,6 +111,8 @@ def test_networks_that_chance_may_have_ordered_share_a_rank(tmp_path: Path) -> N
 
 
 def test_with_one_seed_a_tenth_of_a_per_cent_decides(tmp_path: Path) -> None:
+    found = found_in(tmp_path, left_out=-6)  # of three seeds one is finished
+    assert found.seeds == [2]
     found = found_in(tmp_path, GRID.replace("[0, 1, 2]", "[0]"))
     assert [place.rank for place in found.ranking("one", "budget 1", "average")] == [1, 2, 3, 4, 5, 6]
 
@@ -120,7 +122,9 @@ def test_methods_of_a_grid_without_axes_stand_against_each_other(tmp_path: Path)
         return [
             row("merged", "merged", 0.5 + SHAKE[cell.seed], 1.0),
             row("merged", "merged", 0.8, 1.5),
-            row("baseline", "RegMean", 0.6 + SHAKE[cell.seed]),
+            row("comparator", "RegMean", 0.6 + SHAKE[cell.seed]),
+            {**row("comparator", "ZipIt", 0.7), "ratio": 1.3},
+            row("baseline", "permutation only", 0.2),
         ]
 
     text = "name: methods\nrecipe: tiny.yaml\nseeds: [0, 1, 2]\nset: {proxy.count: 96}\n"
@@ -131,12 +135,15 @@ def test_methods_of_a_grid_without_axes_stand_against_each_other(tmp_path: Path)
     }
     found = find(grid, grid.cells, entries)
     assert headline(found, "", "average").rows == (
-        ("merged", "50.0 ± 1.0", "80.0"),
-        ("RegMean", "60.0 ± 1.0", "-"),
+        ("merged", "50.0 ± 1.0", "80.0", "-"),
+        ("RegMean", "60.0 ± 1.0", "-", "-"),
+        ("permutation only", "20.0", "-", "-"),
+        ("ZipIt", "-", "-", "70.0 at 1.30x"),
     )
     assert [cells[:2] for cells in ranks(found, "", "budget 1", "average").rows] == [
         ("RegMean", "1"),
         ("merged", "2"),
+        ("permutation only", "3"),
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,17 @@ from datafree.errors import RunError, UsageError
 from datafree.evaluation.evaluate import (
     Evaluation,
     Task,
+    TaskScore,
     TaskSpec,
     check_tasks,
     evaluate,
+    evaluate_outputs,
     head_of,
     load_task,
     merged_columns,
     parent_columns,
     predict,
+    relative_to,
 )
 from datafree.images.image_set import ImageSet
 from datafree.images.preprocess import Preprocess
@@ -108,20 +112,60 @@ def test_shared_labels_have_no_joint_accuracy() -> None:
 
 def test_results_are_plain_values() -> None:
     result = run(FirstPixel(2), [task([0, 1], [0, 0])], merged_columns("shared", {"a": 2, "b": 2}))
+    wrong = math.log(1 + math.e)
     assert json.loads(json.dumps(result.to_dict())) == {
         "tasks": {
             "t": {
                 "expert": None,
                 "count": 2,
                 "accuracy": 0.5,
+                "interval": [0.0, 1.0],
+                "normalised": None,
+                "top5": None,
+                "nll": pytest.approx((wrong - 1 + wrong) / 2),
+                "calibration": pytest.approx(abs(0.5 - math.e / (1 + math.e))),
+                "error": None,
                 "per_class": {"k": 0.5},
                 "worst_class": {"class": "k", "accuracy": 0.5},
                 "agreement": {},
             }
         },
         "average": 0.5,
+        "interval": [0.0, 1.0],
+        "normalised": None,
         "joint": None,
+        "joint_interval": None,
     }
+
+
+def test_accuracy_is_also_told_as_a_share_of_the_experts() -> None:
+    tasks = [task([0, 1, 2, 0], [0, 1, 2, 2], expert="a"), task([0, 1, 2, 0], [1, 2, 0, 1], name="u")]
+    columns = parent_columns("shared", "a", {"a": 3, "b": 3})
+    a, b = (run(FirstPixel(3, offset), tasks, columns) for offset in (0, 1))
+    half = run(FirstPixel(3), [task([0, 1, 2, 0], [0, 1, 0, 0], expert="a")], columns)
+    assert [score.accuracy for score in a.tasks] == [0.75, 0.0]
+    assert [score.accuracy for score in b.tasks] == [0.0, 1.0]
+    found = relative_to({"a": a, "b": b}, a)
+    assert [score.normalised for score in found.tasks] == [1.0, 0.0], (
+        "the best parent stands for a missing expert"
+    )
+    assert relative_to({"a": a}, half).tasks[0].normalised == pytest.approx(1.0)
+    assert relative_to({"b": b}, half).normalised is None, "an expert that gets nothing right is no measure"
+
+
+def test_outputs_are_compared_with_the_ensembles() -> None:
+    given, logits = task([0, 1], [0, 1]), torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    columns = merged_columns("shared", {"a": 2, "b": 2})
+    (score,) = evaluate_outputs(lambda _: logits + 0.1, [given], columns, lambda _: logits).tasks
+    assert score.error == pytest.approx(4 * 0.1**2 / 1.0)
+    (score,) = evaluate_outputs(lambda _: logits, [given], columns, lambda _: logits[:, :1]).tasks
+    assert score.error is None, "a parent's own head is not the ensemble's heads"
+
+
+def test_a_score_comes_back_from_its_plain_values() -> None:
+    (score,) = run(FirstPixel(2), [task([0, 1], [0, 0])], merged_columns("shared", {"a": 2})).tasks
+    plain = json.loads(json.dumps(score.to_dict()))
+    assert TaskScore.from_dict("t", plain, score.predictions, score.targets) == score
 
 
 def test_batch_size_changes_nothing_and_progress_is_told() -> None:

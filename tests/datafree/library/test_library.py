@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import types
 from collections.abc import Iterator
@@ -118,6 +119,22 @@ def test_parents_may_have_names_and_heads_of_their_own(pair: Pair) -> None:
         UsageError, match=r"task other: with separate labels .* say `expert: clinic` or another"
     ):
         datafree.evaluate(found, {"other": (x, y)})
+
+
+def test_siblings_of_a_base_keep_their_units_in_place() -> None:
+    base = small(1)
+    siblings = [copy.deepcopy(base) for _ in range(2)]
+    with torch.no_grad():
+        for seed, sibling in enumerate(siblings):
+            for parameter in sibling.parameters():
+                noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
+                parameter.add_(0.02 * noise)
+    found = datafree.merge(siblings, inputs(96), base=base)
+    assert found.evidence.parents.base is not None
+    for units in found.only.alignments[1]:
+        assert units.perm.tolist() == list(range(len(units.perm)))
+    with pytest.raises(UsageError, match=r"base is a str: give the torch.nn.Module"):
+        datafree.merge(siblings, inputs(96), base="timm:resnet18")  # type: ignore[arg-type]
 
 
 def test_inverted_images_are_kept_by_the_caller(pair: Pair) -> None:

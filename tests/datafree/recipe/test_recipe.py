@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 
@@ -141,6 +142,14 @@ def test_an_override_is_the_place_of_its_own_mistakes() -> None:
     assert message == (
         "--set merge.budgets.1=7: merge.budgets.1: 7 is more than all 2 parents side by side cost: at most 2"
     )
+
+
+def test_a_recipe_goes_to_another_process_with_its_places() -> None:
+    recipe = parse_recipe(GOOD, "r.yaml", ["compare=[regmean]", "seed=3"])
+    again = pickle.loads(pickle.dumps(recipe))
+    assert again == recipe
+    assert again.recipe.fingerprint() == recipe.recipe.fingerprint()
+    assert str(again.error("no", "seed")) == "--set seed=3: seed: no"
 
 
 def test_overrides_change_values_and_sections() -> None:

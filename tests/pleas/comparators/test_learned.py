@@ -112,7 +112,35 @@ def test_a_step_of_frank_wolfe_goes_to_the_parent_against_the_gradient() -> None
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_separate_heads_stay_as_they_are() -> None:
-    """This network is all head: no tensor is left that has a task vector."""
+def deep(weight: list[list[float]], head: list[list[float]]) -> nn.Module:
+    made = nn.Sequential(nn.Linear(3, 2, bias=False), nn.ReLU(), nn.Linear(2, len(head), bias=False))
+    made[0].weight.data, made[2].weight.data = torch.tensor(weight), torch.tensor(head)
+    return made.eval()
+
+
+def test_separate_heads_stay_as_they_are_and_each_learns_by_its_own() -> None:
+    """The entropies of both heads are added; neither head has a task vector, nor has the base their outputs."""
+    heads = [[1.0, 0.0], [0.0, 1.0]], [[2.0, 0.0], [0.0, 1.0], [1.0, 1.0]]
+    base = deep(BASE, [[1.0, 1.0]] * 7)
+    settings = pleas.MergeSettings(min_rows=0.0, heads="separate")
+    parents = Parents.of([deep(A, heads[0]), deep(B, heads[1])], X[:2], settings, base=base)
+    evidence = pleas.gather(parents, [X])
+    found = AdaMerging(steps=1, rate=0.1)(Case(evidence, evidence.inputs, parents.base_state))
+    assert isinstance(found, nn.Module)
+    factors = torch.full((2,), 0.3, dtype=torch.float64, requires_grad=True)
+    weight = BASE_W + factors[0] * (A_W - BASE_W) + factors[1] * (B_W - BASE_W)
+    units = (X[:16].double() @ weight.T).relu()
+    sum(entropy(units @ torch.tensor(head).double().T) for head in heads).backward()  # type: ignore[union-attr]
+    assert factors.grad is not None
+    after = 0.3 - 0.1 * factors.grad.sign()
+    state = dict(found.named_parameters()) | dict(found.named_buffers())
+    expected = BASE_W + after[0] * (A_W - BASE_W) + after[1] * (B_W - BASE_W)
+    torch.testing.assert_close(state["0.weight"].double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        found(X), torch.cat([(X @ expected.float().T).relu() @ torch.tensor(head).T for head in heads], 1)
+    )
+
+
+def test_a_network_that_is_all_head_has_no_task_vector() -> None:
     with pytest.raises(InputError, match="the base shares no tensor with the parents"):
         AdaMerging(steps=1)(case("separate"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -14,48 +13,21 @@ import pleas
 from pleas import Evidence, MergeResult, MergeSettings, Plan
 from pleas.errors import InputError
 from pleas.refine import Features, RefineSettings, Teacher, refine
-from pleas.symmetry import permute_state, position_maps, random, state_of
+from pleas.symmetry import position_maps
 from tests.cases import CASES
+from tests.merging import NAMES, evidence_of, images, outputs, parents, permuted_copy
 
-NAMES = sorted(CASES)
 SHORT = RefineSettings(steps=80, batch=16, rate=3e-3, checks=8, holdout=0.25, feature_weight=1.0)
-SETTINGS = MergeSettings(ridge=1e-6, head_ridge=1e-6, positions=256, rows=1000)
-
-
-def images(name: str, count: int = 96, seed: int = 5) -> Tensor:
-    shape = CASES[name].shape[1:]
-    return torch.randn((count, *shape), generator=torch.Generator().manual_seed(seed))
-
-
-def parents(name: str, count: int = 2) -> list[nn.Module]:
-    return [CASES[name].model(seed) for seed in range(count)]
-
-
-def permuted_copy(name: str) -> nn.Module:
-    """The first parent with its units in another order."""
-    model = CASES[name].model(0)
-    symmetry = pleas.trace(
-        model, CASES[name].example(), rewrites=()
-    )  # what the module's own tensors can express
-    permutation = random(symmetry, torch.Generator().manual_seed(3))
-    state = permute_state(symmetry, state_of(symmetry.program, model), permutation)
-    model.load_state_dict({key: state.get(key, value) for key, value in model.state_dict().items()})
-    return model
+SETTINGS = MergeSettings(ridge=1e-6, head_ridge=1e-6, positions=256, rows=1000, propagate=0.7)
 
 
 def merged(name: str, modules: Sequence[nn.Module], apart: float) -> tuple[MergeResult, Evidence, Plan]:
-    traced = pleas.Parents.of([copy.deepcopy(module) for module in modules], CASES[name].example(), SETTINGS)
-    evidence = pleas.gather(traced, images(name).split(32))
+    evidence = evidence_of(name, tuple(modules), SETTINGS)
     plan = pleas.make_plan(evidence, apart=apart)
     return pleas.assemble(evidence, plan), evidence, plan
 
 
-def outputs(module: nn.Module, x: Tensor) -> Tensor:
-    with torch.no_grad():
-        return module(x)
-
-
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["concatenating", "grouped", "residual"])
 def test_side_by_side_every_unit_is_on_its_target(name: str) -> None:
     """Nothing fused: the targets are the parents' own activations, which the merged network computes."""
     pair = parents(name)
@@ -73,8 +45,9 @@ def test_side_by_side_every_unit_is_on_its_target(name: str) -> None:
     assert float(features.distance(found, targets)) < 1e-6
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("apart", [0.0, 0.5])
+@pytest.mark.parametrize(
+    ("name", "apart"), [*((name, 0.5) for name in NAMES), ("plain", 0.0), ("residual", 0.0)]
+)
 def test_a_permuted_copy_is_on_its_target_at_every_width(name: str, apart: float) -> None:
     result, evidence, plan = merged(name, [parents(name)[0], permuted_copy(name)], apart)
     features, x = Features(evidence, plan), images(name, 6)

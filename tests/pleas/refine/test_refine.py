@@ -574,6 +574,13 @@ def test_a_source_the_network_unlearns_keeps_the_start() -> None:
     assert same(result.module, teacher)
 
 
+def test_unused_images_are_told_for_every_image() -> None:
+    with pytest.raises(
+        InputError, match=r"unused has shape \(2,\) for 160 images: give one value for every image"
+    ):
+        run(unused=torch.ones(2, dtype=torch.bool))
+
+
 def test_sources_are_named_for_every_image() -> None:
     with pytest.raises(InputError, match="groups names 2 sources for 160 images: give one for every image"):
         run(groups=["a", "b"])
@@ -679,6 +686,16 @@ def test_split_is_a_partition() -> None:
     assert len(held) == 10
     assert sorted([*train.tolist(), *held.tolist()]) == list(range(50))
     assert not torch.equal(held, split_off(50, 0.2, seed=2)[1])
+
+
+def test_images_that_nothing_learnt_from_are_held_out_first() -> None:
+    unused = torch.zeros(40, dtype=torch.bool)
+    unused[[3, 17, 30]] = True
+    names = ["photo", "noise"] * 20
+    train, held = split_off(40, 0.25, seed=1, sources=names, unused=unused)
+    assert {3, 17, 30} <= set(held.tolist())
+    assert [sum(names[i] == name for i in held.tolist()) for name in ("photo", "noise")] == [5, 5]
+    assert sorted([*train.tolist(), *held.tolist()]) == list(range(40))
 
 
 # what the hardware's library gets wrong ---------------------------------------------------

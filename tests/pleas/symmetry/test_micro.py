@@ -195,3 +195,34 @@ def test_an_lstm_unrolled_by_export() -> None:
             return self.lstm(y.flatten(2).mT)[0][:, -1]
 
     assert classes(traced(Micro(Recurrent(), out=5), size=2)) == [8, 5]
+
+
+class ShuffleUnit(nn.Module):
+    """Grouped 1x1, shuffle, depthwise, grouped 1x1; added to the input or beside it (ShuffleNet, Zhang et al. 2018)."""
+
+    def __init__(
+        self, inputs: int, outputs: int, groups: int, first: bool = False, grows: bool = True
+    ) -> None:
+        super().__init__()
+        middle = 2 * groups**2 if outputs < 16 * groups else 4 * groups**2
+        self.groups, self.grows = 1 if first else groups, grows
+        self.reduce = nn.Conv2d(inputs, middle, 1, groups=self.groups)
+        self.depthwise = nn.Conv2d(middle, middle, 3, 1 + grows, 1, groups=middle)
+        self.expand = nn.Conv2d(middle, outputs - inputs * grows, 1, groups=groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.reduce(x)).unflatten(1, (self.groups, -1)).transpose(1, 2).flatten(1, 2)
+        y = self.expand(F.relu(self.depthwise(y)))
+        return F.relu(torch.cat([y, F.avg_pool2d(x, 3, 2, 1)], 1) if self.grows else y + x)
+
+
+@pytest.mark.parametrize("groups", [2, 3])
+def test_shuffled_groups_one_after_another(groups: int) -> None:
+    """Groups of five layers cross one another: which of them are given up is decided on all crossings, not some."""
+    width = 4 * groups
+    units = [
+        ShuffleUnit(width, 2 * width, groups, first=True),
+        ShuffleUnit(2 * width, 2 * width, groups, grows=False),
+        ShuffleUnit(2 * width, 4 * width, groups),
+    ]
+    traced(Micro(nn.Sequential(*units), width, 4 * width))
