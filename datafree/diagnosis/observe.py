@@ -81,7 +81,7 @@ class Sums:
         mean = (self.probabilities / len(self.predictions)).cpu()
         entropy = float(-(mean * mean.clamp_min(1e-300).log()).sum())
         limit = math.log(min(len(mean), len(self.predictions)))
-        norms = tuple(sums.distance() for sums in self.norms)
+        norms = tuple(sums.distance() for sums in self.norms if sums.count)  # others run in training alone
         return Observation(self.parent, norms, entropy, limit, self.predictions)
 
 

@@ -56,6 +56,25 @@ def test_a_network_without_batch_norm_has_no_distances(parent: MakeParent) -> No
     assert (seen.bn_mean, seen.bn_log_var) == (None, None)
 
 
+class WithAuxiliary(nn.Module):
+    """A head of its own in training, as GoogLeNet has."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body, self.auxiliary = body, nn.Sequential(nn.BatchNorm2d(3), nn.Flatten())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.body(x) + self.auxiliary(x).mean() if self.training else self.body(x)
+
+
+def test_a_batch_norm_that_runs_in_training_alone_is_left_out(parent: MakeParent) -> None:
+    one, pixels = parent("a", 1), images(20)
+    module = WithAuxiliary(one.module).eval()
+    seen = observe(replace(one, module=module), pixels.split(8), CPU)
+    assert [norm.layer for norm in seen.norms] == ["body.1", "body.4"]
+    assert seen.bn_log_var == observe(one, pixels.split(8), CPU).bn_log_var
+
+
 def test_the_network_is_left_as_it_was(parent: MakeParent) -> None:
     one = parent("a", 1)
     observe(one, [images(4)], CPU)
