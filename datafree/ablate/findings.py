@@ -111,7 +111,7 @@ class Findings:
 
     def judged(self, recipe: str) -> list[Line]:
         """The networks that stand against each other; where the grid has axes, without the baselines of every cell."""
-        left_out = (*REFERENCES, "baseline") if self.axes else REFERENCES
+        left_out = (*REFERENCES, "baseline", "comparator") if self.axes else REFERENCES
         return [line for line in self.of(recipe) if line.kind not in left_out]
 
     def compared(self, recipe: str, point: str) -> list[Line]:
