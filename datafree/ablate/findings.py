@@ -80,6 +80,11 @@ class Findings:
     lines: tuple[Line, ...]
 
     @property
+    def seeds(self) -> list[int]:
+        """Those of the finished cells."""
+        return sorted({cell.seed for cell in self.cells if cell.fingerprint in self.entries})
+
+    @property
     def recipes(self) -> list[str]:
         return list(dict.fromkeys(line.recipe for line in self.lines))
 
@@ -106,7 +111,7 @@ class Findings:
 
     def judged(self, recipe: str) -> list[Line]:
         """The networks that stand against each other; where the grid has axes, without the baselines of every cell."""
-        left_out = (*REFERENCES, "baseline") if self.axes else REFERENCES
+        left_out = (*REFERENCES, "baseline", "comparator") if self.axes else REFERENCES
         return [line for line in self.of(recipe) if line.kind not in left_out]
 
     def compared(self, recipe: str, point: str) -> list[Line]:

@@ -64,10 +64,9 @@ def summary(findings: Findings) -> str:
 
 
 def _finished(findings: Findings) -> str:
-    seeds = sorted({cell.seed for cell in findings.cells})
     done = sum(cell.fingerprint in findings.entries for cell in findings.cells)
     return (
-        f"{done} of {len(findings.cells)} cells are finished; seeds {', '.join(map(str, seeds))}. "
+        f"{done} of {len(findings.cells)} cells are finished; seeds {', '.join(map(str, findings.seeds))}. "
         "Accuracies in per cent, mean ± standard deviation over seeds."
     )
 

@@ -28,7 +28,7 @@ def page(
         name=findings.grid.name,
         done=len(findings.entries),
         count=len(findings.cells),
-        seeds=sorted({cell.seed for cell in findings.cells}),
+        seeds=findings.seeds,
         time=spell(sum(entry.seconds for entry in entries)),
         sections=[_section(findings, recipe, drawn[recipe]) for recipe in findings.recipes],
         failed=[(titles.get(entry.cell, entry.cell[:16]), entry.error) for entry in failed],

@@ -22,20 +22,23 @@ from datafree.stages.work import Work
 from pleas.baselines import has_batch_norm
 from pleas.comparators import METHODS, Case, Comparator
 
+MOST_NAMES = 3  # in a note on the table
 BASELINES = ("average", "permutation")
 REESTIMATED = {
     "proxies": "re-estimated on the proxies",
+    "rescale": "re-estimated and the units of other layers rescaled on the proxies",
     "closed": "re-estimated in closed form from the proxies' statistics",
 }
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """One method of the recipe. entry: its place in the recipe's list"""
+    """One method of the recipe. entry: its place in the recipe's list; named: there by its name, not by `all`"""
 
     method: str
     comparator: Comparator
     entry: int
+    named: bool = True
 
     @property
     def name(self) -> str:
@@ -81,24 +84,30 @@ def choose_methods(work: Work, networks: pleas.Parents) -> tuple[Chosen, ...]:
     Raises UsageError for the others that were named; those that `all` leaves out are noted.
     """
     recipe, found, wrong = work.recipe, dict[Any, Chosen](), []
+    left_out: dict[str, list[str]] = {}
     for entry, spec in enumerate(recipe.recipe.compare):
         for one in _candidates(spec, entry):
             why = one.comparator.obstacle(networks, base=networks.base is not None)
             if spec.method != ALL and why is not None:
                 wrong.append(str(recipe.error(f"{one.name} cannot run: {why}", "compare", entry)))
             elif why is not None:
-                work.progress.note(f"compare: {one.name} is left out: {why}")
+                left_out.setdefault(why, []).append(one.name)
             else:
                 found.setdefault((one.method, one.comparator), one)
     if wrong:
         raise UsageError("\n".join(wrong))
+    for why, names in left_out.items():
+        said = f"is left out: {why}" if len(names) == 1 else f"are left out: {why.replace('it ', 'each ', 1)}"
+        work.progress.note(f"compare: {', '.join(names)} {said}")
     return tuple(found.values())
 
 
 def _candidates(spec: MethodSpec, entry: int) -> list[Chosen]:
     specs = SPECS if spec.method == ALL else {spec.method: spec}
     return [
-        Chosen(method, (one if isinstance(one, MethodSpec) else one()).comparator(), entry)
+        Chosen(
+            method, (one if isinstance(one, MethodSpec) else one()).comparator(), entry, spec.method != ALL
+        )
         for method, one in specs.items()
     ]
 
@@ -106,7 +115,10 @@ def _candidates(spec: MethodSpec, entry: int) -> list[Chosen]:
 def compare_methods(
     work: Work, parents: LoadedParents, evidence: pleas.Evidence, chosen: Sequence[Chosen]
 ) -> tuple[Compared, ...]:
-    """The network of every method, on the CPU; one that an earlier run made is found in the store."""
+    """The network of every method, on the CPU; one that an earlier run made is found in the store.
+
+    A method that fails is noted where `all` brought it in; one that was named ends the run.
+    """
     if not chosen:
         return ()
     with work.progress.stage("comparators"):
@@ -114,7 +126,12 @@ def compare_methods(
         for number, one in enumerate(chosen, 1):
             work.progress(one.name, number, len(chosen))
             with work.recipe.at("compare", one.entry):
-                found.append(_made(work, parents, evidence, one))
+                try:
+                    found.append(_made(work, parents, evidence, one))
+                except pleas.PleasError as error:
+                    if one.named:
+                        raise
+                    work.progress.note(f"compare: {one.name} is left out: {error}")
         return tuple(found)
 
 
@@ -169,10 +186,16 @@ def caution(networks: pleas.Parents, compared: Sequence[Compared]) -> dict[str, 
     for how, text in REESTIMATED.items():
         names = [one.name for one in compared if getattr(one.chosen.comparator, "repair", None) == how]
         if names:
-            listed = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
             verb = "has its" if len(names) == 1 else "have their"
-            said |= dict.fromkeys(names, f"{listed[0].upper()}{listed[1:]} {verb} batch norms {text}")
+            said |= dict.fromkeys(names, f"{_listed(names)} {verb} batch norms {text}")
     return said
+
+
+def _listed(names: Sequence[str]) -> str:
+    if len(names) > MOST_NAMES:
+        return "Methods that average weights"
+    listed = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+    return listed[0].upper() + listed[1:]
 
 
 def listed_methods() -> list[dict[str, Any]]:

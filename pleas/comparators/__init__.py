@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from pleas.comparators.averages import ActivationMatching, Permutation, PlainAverage, WeightMatching
+from pleas.comparators.cca import CCAMerge
 from pleas.comparators.comparator import Case, Comparator
+from pleas.comparators.cycles import C2M3
+from pleas.comparators.distilling import Distillation
 from pleas.comparators.fisher import Fisher
 from pleas.comparators.learned import AdaMerging, ConcreteMask, FwMerging
 from pleas.comparators.masks import Consensus, PcbMerging, Widen
+from pleas.comparators.matching import MuDSC, StraightThrough
 from pleas.comparators.regmean import RegMean, RegMeanPlusPlus
+from pleas.comparators.solving import NeuronInterpolation, PublishedPLeaS
 from pleas.comparators.subspace import Doge, IsoC, TsvMerge, Wudi
 from pleas.comparators.task_vectors import Breadcrumbs, Dare, Lines, Slerp, TaskArithmetic, Ties
+from pleas.comparators.zipit import ZipIt
 
 METHODS: dict[str, type[Comparator]] = {
     "average": PlainAverage,
@@ -19,6 +25,14 @@ METHODS: dict[str, type[Comparator]] = {
     "regmean": RegMean,
     "regmean++": RegMeanPlusPlus,
     "fisher": Fisher,
+    "zipit": ZipIt,
+    "mudsc": MuDSC,
+    "cca": CCAMerge,
+    "c2m3": C2M3,
+    "straight_through": StraightThrough,
+    "neuron_interpolation": NeuronInterpolation,
+    "pleas_published": PublishedPLeaS,
+    "distillation": Distillation,
     "slerp": Slerp,
     "task_arithmetic": TaskArithmetic,
     "ties": Ties,

@@ -10,15 +10,16 @@ from torch import Tensor, nn
 
 from pleas.comparators.comparator import Case, Comparator, State
 from pleas.comparators.repair import closed_form, reestimated
+from pleas.comparators.rescaling import rescaled, touches_output
 from pleas.errors import InputError
 from pleas.evidence import Evidence
 from pleas.matching.match import match
 from pleas.network.build import Drawing, build, draw
 from pleas.plan.plan import Plan, make_plan
 from pleas.solve.propagate import averaged_state
-from pleas.symmetry import Symmetry, identity
+from pleas.symmetry import identity
 
-Repair = Literal["none", "proxies", "closed"]
+Repair = Literal["none", "proxies", "closed", "rescale"]
 Order = Literal["recipe", "none", "weights", "activations"]
 
 
@@ -44,12 +45,15 @@ class Canvas:
     def network(self, state: State, repair: Repair = "none") -> nn.Module:
         """The network with these tensors, the mean for those that are left out; separate heads stay as they are.
 
-        repair: how its batch norms get their statistics: as in `state`, from the proxies, or in closed form
+        repair: how its batch norms get their statistics: as in `state`, from the proxies, or in closed form; and
+                whether layers without one are rescaled
         """
         heads = self.heads
         tensors = self.averaged | {name: value for name, value in state.items() if name not in heads}
         if repair == "closed":
             tensors |= closed_form(self.evidence, tensors)
+        if repair == "rescale":
+            tensors |= rescaled(self.evidence, tensors)
         network = build(self.evidence.parents, self.plan, self.drawing, tensors)
         if repair == "proxies":
             return reestimated(network, self.evidence)
@@ -62,12 +66,6 @@ class Canvas:
         if parents.settings.heads == "shared":
             return frozenset()
         return frozenset(name for name in self.averaged if touches_output(parents.symmetry, name))
-
-
-def touches_output(symmetry: Symmetry, name: str) -> bool:
-    """Whether a tensor has outputs of the network along one of its axes."""
-    dims = range(len(symmetry.shapes.get(name, ())))
-    return any(set(symmetry.axis(name, dim).cls.unique().tolist()) & set(symmetry.output) for dim in dims)
 
 
 def in_order(evidence: Evidence, order: Order) -> Evidence:
@@ -88,7 +86,8 @@ def in_order(evidence: Evidence, order: Order) -> Evidence:
 class OneSize(Comparator):
     """A comparator that merges tensors unit by unit.
 
-    repair: batch norms of the result: re-estimated on the proxies, in closed form from the statistics, or none
+    repair: of units that lost variance by averaging: batch norms re-estimated on the "proxies", or in "closed" form
+            from the statistics; "rescale" re-estimates them and rescales the units of layers without one; "none"
     """
 
     repair: Repair = "proxies"

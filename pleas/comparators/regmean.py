@@ -11,7 +11,6 @@ from torch import Tensor, fx
 
 from pleas.comparators.comparator import Case, Need, State
 from pleas.comparators.one_size import Canvas, OneSize, check_range, in_order
-from pleas.comparators.repair import merged_inputs
 from pleas.comparators.rows import (
     Grams,
     add_gram,
@@ -22,11 +21,11 @@ from pleas.comparators.rows import (
     too_wide,
     whole,
 )
+from pleas.comparators.walk import Walk
 from pleas.evidence import Evidence
-from pleas.layers.layer import BATCH_NORM, Layer, batch_norm, flatten_weight, unflatten_weight
+from pleas.layers.layer import Layer, flatten_weight, unflatten_weight
 from pleas.parents import Parents
 from pleas.ridge import ridge_solve
-from pleas.symmetry import execute
 
 RIDGE = (
     1e-6  # relative to the mean diagonal, towards the mean: what no input tells stays the mean of the parents
@@ -81,7 +80,7 @@ class RegMeanPlusPlus(RegMean):
     title: ClassVar[str] = "RegMean++"
 
     def merge(self, canvas: Canvas, case: Case) -> State:
-        return _Walk(canvas, self.off_diagonal, self.repair == "proxies").go()
+        return _Regressions(canvas, self.off_diagonal, self.repair == "proxies").go()
 
 
 def regress(layer: Layer, grams: Sequence[Tensor], weights: Sequence[Tensor], off_diagonal: float) -> Tensor:
@@ -97,54 +96,19 @@ def regress(layer: Layer, grams: Sequence[Tensor], weights: Sequence[Tensor], of
     return unflatten_weight(solved.flatten(0, 1), layer.kernel).to(weights[0].dtype)
 
 
-class _Walk:
-    """One walk of the merged network through the graph, all images at every node."""
+class _Regressions(Walk):
+    """Layers are solved when the walk comes to them."""
 
     def __init__(self, canvas: Canvas, off_diagonal: float, norms: bool) -> None:
-        evidence = canvas.evidence
-        self.evidence, self.heads, self.off_diagonal, self.norms = evidence, canvas.heads, off_diagonal, norms
-        self.count = evidence.parents.count
-        self.surest, self.sampler = surest_parent(evidence), sampler_of(evidence)
-        self.first = {layer.nodes[0]: layer for layer in evidence.parents.layers}
-        self.chunks = list(merged_inputs(evidence))
-        self.starts = [0]
-        for chunk in self.chunks:
-            self.starts.append(self.starts[-1] + len(chunk))
-        constants = dict(evidence.parents.symmetry.program.constants)
-        where = self.chunks[0].device
-        mean = {**constants, **evidence.states[0], **_without(canvas.averaged, canvas.heads)}
-        self.state = {name: value.to(where) for name, value in mean.items()}
-        self.merged: dict[str, Tensor] = {}
+        super().__init__(canvas.evidence, canvas.averaged, norms=norms)
+        self.heads, self.off_diagonal, self.count = canvas.heads, off_diagonal, canvas.evidence.parents.count
+        self.surest, self.sampler = surest_parent(canvas.evidence), sampler_of(canvas.evidence)
+        self.first = {layer.nodes[0]: layer for layer in canvas.evidence.parents.layers}
 
-    def go(self) -> State:
-        """Every batch runs as if it were a parent, in lock step; a layer is solved when the walk comes to it."""
-        graph = self.evidence.parents.symmetry.program.graph
-        with torch.no_grad():
-            execute(graph, [self.state] * len(self.chunks), self.chunks, self._reach)
-        return self.merged
-
-    def _reach(self, node: fx.Node, args: list[tuple[Any, ...]], _: list[dict[str, Any]]) -> None:
+    def reach(self, node: fx.Node, args: list[tuple[Any, ...]]) -> None:
         layer = self.first.get(node.name)
         if layer is not None and layer.weight not in self.heads:
-            self._set(layer.weight, self._solve(layer, node, [arguments[0] for arguments in args]))
-        if node.target is BATCH_NORM and self.norms:
-            norm = batch_norm(node)
-            if norm is not None:
-                values = torch.cat([arguments[0] for arguments in args])
-                over = [dim for dim in range(values.dim()) if dim != 1]
-                variance, mean = torch.var_mean(values, over)
-                self._set(norm.mean, mean)
-                self._set(norm.var, variance)
-        # `execute` looked the tensors up before it asked: what was set now has to reach this node too.
-        names = [x.target if isinstance(x, fx.Node) and x.op == "get_attr" else None for x in node.args]
-        for number, arguments in enumerate(args):
-            args[number] = tuple(
-                self.state[str(name)] if name in self.merged else value
-                for name, value in zip(names, arguments, strict=True)
-            )
-
-    def _set(self, name: str, value: Tensor) -> None:
-        self.merged[name] = self.state[name] = value.to(self.state[name])
+            self.set(layer.weight, self._solve(layer, node, [arguments[0] for arguments in args]))
 
     def _solve(self, layer: Layer, node: fx.Node, inputs: list[Tensor]) -> Tensor:
         grams = [Grams() for _ in range(self.count)]
@@ -156,7 +120,3 @@ class _Walk:
                 add_gram(own, layer, rows[:, surest == p])
         full = [whole(own)[layer.name] for own in grams]
         return regress(layer, full, [s[layer.weight] for s in self.evidence.states], self.off_diagonal)
-
-
-def _without(state: State, names: frozenset[str]) -> dict[str, Tensor]:
-    return {name: value for name, value in state.items() if name not in names}

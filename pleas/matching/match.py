@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from pleas.parents import Parents
 from pleas.statistics.collect import Statistics
 from pleas.symmetry import (
     Permutation,
+    Symmetry,
     UnitClass,
     UnitPermutation,
     compose,
@@ -43,22 +45,42 @@ def match(parents: Parents, statistics: Statistics | None) -> tuple[Permutation,
     weight matching ascends from there, where chance has no part. `units_moved` says how many do not stay.
     """
     if parents.settings.matching == "weight":
-        return _to_a_common_order(parents, _WeightPairs(parents))
+        return common_order(parents, _WeightPairs(parents))
     assert statistics is not None
-    return _to_a_common_order(parents, _ActivationPairs(parents, statistics))
+    return common_order(parents, ActivationPairs.of(parents, statistics))
 
 
-class _ActivationPairs:
-    """Assignments of one parent to another from the correlations of their units."""
+class Pairs(Protocol):
+    """A way of assigning the units of one parent to those of others."""
 
-    def __init__(self, parents: Parents, statistics: Statistics) -> None:
-        self.symmetry = parents.symmetry
-        self._stay = 0.0 if parents.base is None else CHANCE / math.sqrt(max(statistics.images, 1))
-        self._blocks = {
-            pair: activation_similarities(statistics, parents.count, *pair)
-            for pair in itertools.permutations(range(parents.count), 2)
-            if pair[0] < pair[1]
-        }
+    def assign(self, p: int, q: int) -> tuple[Permutation, float]:
+        """The units of q that play the parts of p's, and the total similarity."""
+        ...
+
+    def reassign(self, q: int, others: Mapping[int, Permutation]) -> tuple[Permutation, float]:
+        """The units of q against the sum of all others, which are in the common order."""
+        ...
+
+
+class ActivationPairs:
+    """Assignments of one parent to another from similarities that depend on nothing that is matched.
+
+    blocks: (p, q), p < q -> every position of p against every position of q, by axis
+    stay:   what is added to the similarity of a unit's own place
+    """
+
+    def __init__(
+        self, symmetry: Symmetry, blocks: Mapping[tuple[int, int], Similarities], stay: float = 0.0
+    ) -> None:
+        self.symmetry, self._blocks, self._stay = symmetry, blocks, stay
+
+    @classmethod
+    def of(cls, parents: Parents, statistics: Statistics) -> ActivationPairs:
+        """From the correlations of units."""
+        pairs = itertools.combinations(range(parents.count), 2)
+        blocks = {pair: activation_similarities(statistics, parents.count, *pair) for pair in pairs}
+        stay = 0.0 if parents.base is None else CHANCE / math.sqrt(max(statistics.images, 1))
+        return cls(parents.symmetry, blocks, stay)
 
     def similarities(self, p: int, q: int) -> Similarities:
         """Every position of p against every position of q."""
@@ -109,16 +131,17 @@ class _WeightPairs:
 
     def reassign(self, q: int, others: Mapping[int, Permutation]) -> tuple[Permutation, float]:
         aligned = [permute_state(self.symmetry, self._states[p], chosen) for p, chosen in others.items()]
-        total = {name: _sum([state[name] for state in aligned]) for name in aligned[0]}
+        total = {name: summed([state[name] for state in aligned]) for name in aligned[0]}
         return match_weights(self.symmetry, total, self._states[q], start=self._start)
 
 
-def _sum(tensors: Sequence[Tensor]) -> Tensor:
+def summed(tensors: Sequence[Tensor]) -> Tensor:
+    """The sum of those of one shape: heads of other label sets do not add up."""
     same = [x for x in tensors if x.shape == tensors[0].shape]
     return sum(same[1:], same[0]) if same[0].is_floating_point() else same[0]
 
 
-def _to_a_common_order(parents: Parents, pairs: _ActivationPairs | _WeightPairs) -> tuple[Permutation, ...]:
+def common_order(parents: Parents, pairs: Pairs) -> tuple[Permutation, ...]:
     """Two parents are assigned once. More: everybody to the parent that resembles the others most, then each in turn to
     the sum of all others until the total stops rising (as MergeMany of arXiv 2209.04836); from the order they are in
     where they have a common base. All are in one order at every moment: consistent around every cycle.

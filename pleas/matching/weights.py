@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from pleas.matching.assign import AxisName, assign, leave, value_of
 from pleas.symmetry import (
@@ -34,17 +35,17 @@ def match_weights(
     reaches.
     """
     permutation = _match_forward(symmetry, a, b) if start is None else start
-    order = _by_depth(symmetry)
+    order = by_depth(symmetry)
     generator = torch.Generator().manual_seed(0)
     for _ in range(sweeps):
         changed = False
         for step in torch.randperm(len(order), generator=generator).tolist():
             index = order[step]
             unit_class = symmetry.classes[index]
-            similarities = _weight_similarities(symmetry, a, b, permutation, index)
+            similarities = weight_similarities(symmetry, a, b, permutation, index)
             best, value = assign(unit_class, similarities)
             if value > value_of(unit_class, permutation[index], similarities) + 1e-9 * abs(value):
-                permutation = _replace(permutation, index, best)
+                permutation = with_class(permutation, index, best)
                 changed = True
         if not changed:
             break
@@ -63,15 +64,15 @@ def _match_forward(symmetry: Symmetry, a: Mapping[str, Tensor], b: Mapping[str, 
     From the identity, the first classes to be assigned would see mostly weights that are not aligned yet.
     """
     permutation, settled = identity(symmetry), {-1, *symmetry.output}
-    for index in _by_depth(symmetry):
-        readable = _weight_similarities(symmetry, a, b, permutation, index, settled)
+    for index in by_depth(symmetry):
+        readable = weight_similarities(symmetry, a, b, permutation, index, settled)
         if readable:
-            permutation = _replace(permutation, index, assign(symmetry.classes[index], readable)[0])
+            permutation = with_class(permutation, index, assign(symmetry.classes[index], readable)[0])
         settled.add(index)
     return permutation
 
 
-def _by_depth(symmetry: Symmetry) -> list[int]:
+def by_depth(symmetry: Symmetry) -> list[int]:
     """Classes that may be permuted, in the order in which their first parameter is used."""
     place = {name: i for i, name in enumerate(symmetry.program.parameters)}
     first = {
@@ -82,23 +83,26 @@ def _by_depth(symmetry: Symmetry) -> list[int]:
     return sorted(first, key=lambda i: first[i])
 
 
-def _weight_similarities(
+def weight_similarities(
     symmetry: Symmetry,
     a: Mapping[str, Tensor],
     b: Mapping[str, Tensor],
     permutation: Permutation,
     index: int,
     settled: set[int] | None = None,
+    *,
+    cosine: bool = False,
 ) -> dict[AxisName, Tensor]:
     """Inner products of A's and B's slices along every parameter axis of a class, B's other classes being permuted.
 
+    cosine:  of slices of length 1
     settled: use only tensors all of whose other units belong to these classes (-1: fixed); None for all tensors.
     """
     unit_class = symmetry.classes[index]
-    aligned = permute_state(symmetry, b, _replace(permutation, index, leave(unit_class)))
+    aligned = permute_state(symmetry, b, with_class(permutation, index, leave(unit_class)))
     parameters = set(symmetry.program.parameters)
     return {
-        (axis.tensor, axis.dim): _inner_products(symmetry, a, aligned, axis)
+        (axis.tensor, axis.dim): _inner_products(symmetry, a, aligned, axis, cosine)
         for axis in unit_class.axes
         if axis.tensor in parameters
         and a[axis.tensor].shape == aligned[axis.tensor].shape  # heads of other label sets do not compare
@@ -115,17 +119,20 @@ def _others(symmetry: Symmetry, axis: Axis, dims: int) -> set[int]:
     return found
 
 
-def _replace(permutation: Permutation, index: int, new: UnitPermutation) -> Permutation:
+def with_class(permutation: Permutation, index: int, new: UnitPermutation) -> Permutation:
+    """The permutation with another one of one class."""
     return (*permutation[:index], new, *permutation[index + 1 :])
 
 
 def _inner_products(
-    symmetry: Symmetry, a: Mapping[str, Tensor], b: Mapping[str, Tensor], axis: Axis
+    symmetry: Symmetry, a: Mapping[str, Tensor], b: Mapping[str, Tensor], axis: Axis, cosine: bool
 ) -> Tensor:
     """(P, P) inner products of A's and B's slices along one axis of one tensor."""
     rows = [
         _slices(state[axis.tensor].double(), axis, symmetry.groups.get(axis.tensor, 1)) for state in (a, b)
     ]
+    if cosine:
+        rows = [F.normalize(x, dim=-1) for x in rows]
     if rows[0].dim() == 3:  # virtual axis of a grouped weight: only slices of one group see the same outputs
         positions = rows[0].shape[0] * rows[0].shape[1]
         return torch.einsum("gik,hjk->gihj", *rows).reshape(positions, positions)

@@ -29,11 +29,22 @@ def test_help_lists_the_commands() -> None:
     assert command.is_file(), "the package must be installed: pip install -e ."
     output = subprocess.run([command, "--help"], capture_output=True, text=True, check=True).stdout
     listed = [line.split()[0] for line in output.split("Commands:")[1].splitlines() if line.strip()]
-    assert listed == ["check", "plan", "merge", "diagnose", "proxy", "ablate", "inspect", "eval", "env"]
+    assert listed == [
+        "check",
+        "plan",
+        "merge",
+        "diagnose",
+        "proxy",
+        "ablate",
+        "inspect",
+        "eval",
+        "methods",
+        "env",
+    ]
 
 
 @pytest.mark.parametrize(
-    "command", ["check", "plan", "merge", "diagnose", "proxy", "ablate", "inspect", "eval", "env"]
+    "command", ["check", "plan", "merge", "diagnose", "proxy", "ablate", "inspect", "eval", "methods", "env"]
 )
 def test_every_command_explains_itself(command: str) -> None:
     result = _invoke(command, "--help")

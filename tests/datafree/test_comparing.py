@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+import pleas
 from datafree.cli import main
 from datafree.errors import UsageError
 from datafree.pipeline import run
+from datafree.recipe.comparing import SPECS
 from datafree.stages import begin, choose_methods, load_parents, trace_parents
 from pleas.comparators import METHODS
 from pleas.comparators.regmean import RegMean
@@ -62,9 +64,25 @@ def test_a_method_that_cannot_run_is_refused_by_name_and_left_out_of_all(
     chosen = choose_methods(work, networks)
     left_out = {"regmean", "regmean++"} | {name for name, one in METHODS.items() if "base" in one.needs}
     assert [one.method for one in chosen] == [*(name for name in METHODS if name not in left_out), "fisher"]
-    assert (
-        work.progress.notes[0] == "compare: RegMean is left out: it is defined for 1 parents, and there are 2"
+    assert work.progress.notes[0] == (
+        "compare: RegMean, RegMean++ are left out: each is defined for 1 parents, and there are 2"
     )
+    assert len(work.progress.notes) == 2, "and one for all that need a base"
+
+
+def test_a_method_of_all_that_fails_is_said_and_the_others_stand(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> Any:
+        raise pleas.MergeFailed("it did not converge")
+
+    monkeypatch.setattr(RegMean, "__call__", fails)
+    monkeypatch.setattr("datafree.stages.comparing.SPECS", {k: SPECS[k] for k in ("average", "regmean")})
+    out = run(tiny.load("merge.budgets=[1.0]", "seed=3", "compare=all"), tmp_path / "out")
+    assert [row.title for row in out.results.of_kind("baseline")] == ["plain average"]
+    assert "compare: RegMean is left out: it did not converge" in out.results.notes
+    with pytest.raises(pleas.MergeFailed):
+        run(tiny.load("merge.budgets=[1.0]", "seed=3", "compare=[regmean]"), tmp_path / "named")
 
 
 def test_methods_are_listed() -> None:

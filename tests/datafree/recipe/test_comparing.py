@@ -65,7 +65,7 @@ def test_every_field_is_a_key_with_its_default() -> None:
         ("[{method: regmean, of_diagonal: 1}]", "r.yaml:12:29: compare.0.of_diagonal: unknown key; did you mean 'off_diagonal'?"),
         ("[{off_diagonal: 1}]", "r.yaml:12:11: compare.0: the key 'method' is required"),
         ("[{method: regmean, off_diagonal: 2}]", "r.yaml:12:11: compare.0: off_diagonal = 2: must lie between 0 and 1"),
-        ("[{method: average, repair: some}]", "r.yaml:12:29: compare.0.repair: must be 'none', 'proxies' or 'closed', not 'some'"),
+        ("[{method: average, repair: some}]", "r.yaml:12:29: compare.0.repair: must be 'none', 'proxies', 'closed' or 'rescale', not 'some'"),
         ("[average, average]", "r.yaml:12:1: compare: 'average' is there twice with the same keys: keep one"),
         ("7", "r.yaml:12:1: compare: must be a list, not 7"),
     ],

@@ -86,7 +86,7 @@ def test_separate_heads_stand_side_by_side() -> None:
 
 
 def test_a_repair_that_is_none() -> None:
-    with pytest.raises(InputError, match="repair = 'some': must be one of none, proxies, closed"):
+    with pytest.raises(InputError, match="repair = 'some': must be one of none, proxies, closed, rescale"):
         PlainAverage(repair="some")  # type: ignore[arg-type]
 
 
@@ -96,3 +96,16 @@ def test_what_changed_and_what_stands_in_the_way() -> None:
     assert PlainAverage.legend().endswith("uniform soup).")
     modules: list[nn.Module] = [linear(*A), linear(*SWAPPED)]
     assert PlainAverage().obstacle(pleas.Parents.of(modules, X, SETTINGS)) is None
+
+
+def test_units_without_a_batch_norm_get_the_mean_spread_of_the_parents() -> None:
+    """Units x_0 + 1 and x_1 + 3: the mean of their weights gives a unit with less spread than they have."""
+    a = linear([[1.0, 0.0]], [[1.0]], biases=[[1.0], [0.0]])
+    b = linear([[0.0, 1.0]], [[1.0]], biases=[[3.0], [0.0]])
+    network = merged(PlainAverage(repair="rescale"), gathered([a, b], [X[:2], X[2:]]))
+    units = X @ state(network)["0.weight"].T + state(network)["0.bias"]
+    expected_mean = ((X[:, 0] + 1).mean() + (X[:, 1] + 3).mean()) / 2
+    expected_std = (X[:, 0].std(correction=0) + X[:, 1].std(correction=0)) / 2
+    torch.testing.assert_close(units.mean(), expected_mean)
+    torch.testing.assert_close(units.std(correction=0), expected_std)
+    torch.testing.assert_close(state(network)["2.weight"], torch.ones(1, 1))  # the outputs are left alone
