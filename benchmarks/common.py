@@ -20,7 +20,7 @@ import pleas
 from datafree.cache.store import cache_folder
 from datafree.environment import machine, versions
 from datafree.errors import UsageError
-from datafree.evaluation.evaluate import Columns, Evaluation, Task, evaluate, parent_columns
+from datafree.evaluation.evaluate import Columns, Evaluation, Labels, Task, evaluate, parent_columns
 from datafree.models.parent import Parent
 from datafree.proxy import ProxySet, ProxySpec, build_proxies
 from datafree.recipe.file import RecipeFile, load_recipe
@@ -65,7 +65,7 @@ class Pair:
     tasks: tuple[Task, ...]
 
     @property
-    def labels(self) -> str:
+    def labels(self) -> Labels:
         return self.work.recipe.recipe.labels
 
     @property

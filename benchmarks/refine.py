@@ -118,7 +118,7 @@ class Case:
         with torch.no_grad():
             target = copy.deepcopy(together).to(device)(seen)
             output = network.to(device)(seen)
-        heads = heads_of(self.pair.outputs, not self.pair.separate)
+        heads = heads_of(self.pair.outputs, "separate" if self.pair.separate else "shared")
         plain = Objective(heads, "logits", replace(settings, logit_weight=0.0))
         return float(plain(output, target))
 

@@ -342,6 +342,8 @@ def _description(recipe: RecipeFile, parents: LoadedParents, one: Merged) -> Des
     if spec.labels == "separate":
         classes = [parent.classes for parent in parents.each]
         sizes = [parent.outputs for parent in parents.each]
+    if parents.union is not None:
+        classes, sizes = [parents.union.classes], [len(parents.union.classes)]
     return Description(
         name=f"{spec.name}, {one.point.label}",
         heads=make_heads(sizes, parents.names, classes),
@@ -355,5 +357,10 @@ def _description(recipe: RecipeFile, parents: LoadedParents, one: Merged) -> Des
             "labels": spec.labels,
             "point": {"kind": one.point.kind, "value": one.point.value},
             "parents": _describe(parents.each),
+            **(
+                {}
+                if parents.places is None
+                else {"columns": dict(zip(parents.names, parents.places, strict=True))}
+            ),
         },
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -15,6 +15,7 @@ from pleas.network.average import average, contracted
 from pleas.network.build import Drawing, build, draw
 from pleas.network.module import flops
 from pleas.parents import Parents
+from pleas.plan.layout import ClassPlan, everyone
 from pleas.plan.plan import Plan
 from pleas.solve.equations import LayerSolution
 from pleas.solve.propagate import Solved, averaged_state, propagate
@@ -174,6 +175,14 @@ def check_widening(parents: Parents, plan: Plan, drawing: Drawing) -> None:
     Raises MergeFailed where it is not.
     """
     symmetry, state = parents.symmetry, parents.states[0]
+    unions = {c: p for c, p in plan.classes.items() if len(p.parts) == 1}
+    if (
+        unions
+    ):  # an output that others know, too, is not the first parent's alone: it is held against one head
+        whole = [everyone(parents.count)]
+        fused = {c: ClassPlan.of([whole] * p.size, parents.count) for c, p in unions.items()}
+        plan = replace(plan, classes={**plan.classes, **fused})
+        drawing = draw(parents, plan)
     program, weights = symmetry.program, contracted(symmetry.program)
     names = (*program.parameters, *program.buffers, *program.added)
     alike = [state] * parents.count

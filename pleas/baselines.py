@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from pleas.heads import together
 from pleas.layers.layer import BATCH_NORM
+from pleas.settings import Heads
 from pleas.symmetry import Symmetry
 
 
@@ -19,18 +21,27 @@ def has_batch_norm(symmetry: Symmetry) -> bool:
 
 
 class Ensemble(nn.Module):
-    """All parents side by side: the mean of their logits, or with separate heads all of them, in order. As many times
-    the cost."""
+    """All parents side by side: the mean of their logits, with separate heads all of them, in order, or their union. As
+    many times the cost.
 
-    def __init__(self, *parents: nn.Module, heads: str = "shared") -> None:
+    outputs: as in MergeSettings
+    """
+
+    def __init__(
+        self,
+        *parents: nn.Module,
+        heads: Heads = "shared",
+        outputs: Sequence[Sequence[int]] | None = None,
+    ) -> None:
         super().__init__()
-        self.parents, self.heads = nn.ModuleList(parents), heads
+        self.parents, self.outputs = nn.ModuleList(parents), outputs
+        self.heads: Heads = heads
 
     def forward(self, x: Tensor, *others: Tensor) -> Tensor:
         """others: the images as the second and further parents see them, where they normalise differently."""
         seen = (x, *others) if others else (x,) * len(self.parents)
         outputs = [parent(own) for parent, own in zip(self.parents, seen, strict=True)]
-        return torch.cat(outputs, -1) if self.heads == "separate" else torch.stack(outputs).mean(0)
+        return together(outputs, self.heads, self.outputs)
 
 
 def reestimate_bn(module: nn.Module, batches: Iterable[Tensor]) -> nn.Module:

@@ -59,7 +59,7 @@ class Evidence:
     @cached_property
     def contradictions(self) -> tuple[Contradiction, ...]:
         """Where one parent outvotes another on that one's own images; only parents of one head can."""
-        if self.parents.settings.heads == "separate" or self.domains is None:
+        if self.parents.settings.heads != "shared" or self.domains is None:
             return ()
         return self.domains.contradictions
 
@@ -74,11 +74,11 @@ class Evidence:
             return uneven(self.given)
         if targets == "auto":
             heads = self.parents.settings.heads
-            return (
-                uneven(self.domains.shares)
-                if self.domains is not None and self.domains.differ(heads)
-                else None
-            )
+            if (
+                heads == "union" or self.domains is None
+            ):  # an output that several know is theirs on every image
+                return None
+            return uneven(self.domains.shares) if self.domains.differ(heads) else None
         if self.domains is None:
             raise InputError(NO_DOMAINS)
         return uneven(self.domains.shares)

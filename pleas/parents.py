@@ -73,6 +73,7 @@ class Parents:
         frozen = tuple(evaluation_copy(module, share=False).requires_grad_(False) for module in folded)
         symmetry = symmetry or trace(frozen[0], example)
         notes = check_forwards(symmetry.program, frozen, example, names)
+        _check_union(frozen, symmetry, settings, names)
         if origin is not None:
             origin = evaluation_copy(origin, share=False).requires_grad_(False)
             called = (names[0], BASE if BASE not in names else f"{BASE} of all")
@@ -114,6 +115,30 @@ class Parents:
         return self.states[parent][axis.tensor].shape[axis.dim]
 
 
+def _check_union(
+    modules: Sequence[nn.Module], symmetry: Symmetry, settings: MergeSettings, names: Sequence[str]
+) -> None:
+    """Raise InputError unless a union of outputs places each output of each parent."""
+    if settings.heads != "union":
+        return
+    places = settings.outputs
+    if places is None or len(places) != len(modules):
+        given = "none" if places is None else str(len(places))
+        raise InputError(
+            f"heads = 'union' needs `outputs`, per parent the merged output that each of its outputs is: {given} given "
+            f"for {len(modules)} parents"
+        )
+    if len(symmetry.output) != 1:
+        raise InputError("union heads need a model with one output layer; use heads='shared'")
+    axis = symmetry.classes[symmetry.output[0]].axes[0]
+    for name, module, own in zip(names, modules, places, strict=True):
+        size = state_of(symmetry.program, module)[axis.tensor].shape[axis.dim]
+        if len(own) != size:
+            raise InputError(
+                f"outputs has {len(own)} entries for parent {name}, which has {size} outputs: give one each"
+            )
+
+
 def _not_matched(symmetry: Symmetry, settings: MergeSettings) -> tuple[str, ...]:
     """What is to be said of units that activation matching knows nothing of."""
     found = [] if settings.matching == "weight" else unmatched_classes(symmetry)
@@ -133,8 +158,9 @@ def check_parents(
     names: Sequence[str] | None = None,
     base: nn.Module | None = None,
 ) -> None:
-    """Raise unless the parents are one architecture with finite weights; with separate heads their last tensors may
-    differ in the number of outputs, and those of their base always. Says which pair and which tensors differ."""
+    """Raise unless the parents are one architecture with finite weights; where they do not share a head, their last
+    tensors may differ in the number of outputs, and those of their base always. Says which pair and which tensors
+    differ."""
     names = tuple(names) if names is not None else parent_names(len(modules))
     if not 2 <= len(modules) <= MOST:
         raise InputError(
@@ -146,7 +172,7 @@ def check_parents(
         )
     states = [module.state_dict() for module in modules]
     for name, state in zip(names[1:], states[1:], strict=True):
-        _check_pair(names[0], states[0], name, state, settings.heads == "separate")
+        _check_pair(names[0], states[0], name, state, settings.heads != "shared")
     called = [f"parent {name}" for name in names]
     if base is not None:
         origin = base.state_dict()
@@ -171,7 +197,7 @@ def _check_pair(
     if not lines:
         return
     hint = (
-        " If only the head differs, ask for separate heads (labels: separate in a recipe)."
+        " If only the head differs, ask for separate heads or a union (labels: separate or union in a recipe)."
         if not any(line.startswith("only in ") for line in lines)
         else ""
     )

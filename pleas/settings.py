@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -9,7 +10,7 @@ from pleas.errors import InputError
 
 Matching = Literal["activation", "weight"]
 Allocation = Literal["error", "uniform", "zip", "early"]
-Heads = Literal["shared", "separate"]
+Heads = Literal["shared", "separate", "union"]
 Targets = Literal["mean", "own", "auto"]
 CANDIDATES = (0.0, 0.7, 1.0)  # what `propagate = "auto"` tries
 
@@ -23,7 +24,9 @@ class MergeSettings:
     allocation: how a budget is spread over the classes: "error" (where fusing costs most per multiply-add),
                 "uniform" (the same share everywhere), "zip" (late layers apart first, as ZipIt! and PLeaS) or
                 "early" (early layers apart first)
-    heads:      "shared" (one head, the mean of the parents' logits) or "separate" (one head per parent)
+    heads:      "shared" (one head, the mean of the parents' logits), "separate" (one head per parent) or "union" (one
+                head; an output is the mean over the parents that know it)
+    outputs:    with "union", for each parent the merged output that each of its outputs is
     propagate:  of a layer's inputs, how much is what the merged network itself gives there, the rest being the mean of
                 the parents' inputs: 0 solves every layer by itself, 1 only on what it will meet; "auto" tries
                 CANDIDATES and keeps the one whose logits are nearest to the parents' on held-out images
@@ -50,6 +53,7 @@ class MergeSettings:
     min_rows: float = 0.25
     holdout: float = 0.125
     seed: int = 0
+    outputs: tuple[tuple[int, ...], ...] | None = None
 
     def __post_init__(self) -> None:
         choices_of = {"matching": Matching, "allocation": Allocation, "heads": Heads, "targets": Targets}
@@ -57,6 +61,8 @@ class MergeSettings:
             if getattr(self, name) not in get_args(kind):
                 choices = ", ".join(get_args(kind))
                 raise InputError(f"{name} = {getattr(self, name)!r}: must be one of {choices}")
+        if self.outputs is not None:
+            check_places(self.heads, self.outputs)
         if self.propagate != "auto" and not (
             isinstance(self.propagate, int | float) and 0 <= self.propagate <= 1
         ):
@@ -83,3 +89,24 @@ class MergeSettings:
     def candidates(self) -> tuple[float, ...]:
         """The values of `propagate` that are tried."""
         return CANDIDATES if self.propagate == "auto" else (float(self.propagate),)
+
+
+def check_places(heads: str, places: Sequence[Sequence[int]]) -> None:
+    """Raise InputError unless `places`, per parent the merged output that each of its outputs is, is a union."""
+    if heads != "union":
+        raise InputError(
+            f"outputs says which outputs of the parents are one, and heads = {heads!r}: say heads='union', or leave "
+            "outputs out"
+        )
+    for number, own in enumerate(places):
+        if len(set(own)) < len(own):
+            twice = next(place for place in own if list(own).count(place) > 1)
+            raise InputError(
+                f"outputs[{number}] names the merged output {twice} twice: give every output its own"
+            )
+    named = {place for own in places for place in own}
+    if named != set(range(len(named))):
+        raise InputError(
+            f"outputs name {len(named)} merged outputs, {min(named, default=0)} to {max(named, default=0)}: number "
+            "them from 0 on and leave none out"
+        )

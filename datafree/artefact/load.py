@@ -46,8 +46,15 @@ class Artefact:
 
     @property
     def labels(self) -> Labels:
-        """ "shared" for one head, "separate" for one per parent."""
+        """ "shared" for one head, "separate" for one per parent, "union" for one over the classes of all."""
+        if self.columns is not None:
+            return "union"
         return "shared" if len(self.heads) == 1 else "separate"
+
+    @property
+    def columns(self) -> Mapping[str, list[int]] | None:
+        """In a union, parent -> the output that each of its own outputs is; None otherwise."""
+        return self.config.get("columns")
 
 
 def load(folder: str | Path, *, model: nn.Module | Callable[[], nn.Module] | None = None) -> Artefact:

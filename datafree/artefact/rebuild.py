@@ -67,7 +67,15 @@ class _Config(_Part):
     architecture: _Architecture
     input: _Input | None
     heads: list[_Head] = pydantic.Field(min_length=1, max_length=MOST)
+    columns: dict[str, list[int]] | None = None
     network: dict[str, Any] | None
+
+    @pydantic.model_validator(mode="after")
+    def _columns_of_the_head(self) -> _Config:
+        named = {column for own in (self.columns or {}).values() for column in own}
+        if self.columns is not None and named != set(range(self.heads[0].outputs)):
+            raise ValueError("columns do not name the outputs of the head")
+        return self
 
 
 def check_description(config: Mapping[str, Any], path: Path) -> None:

@@ -76,9 +76,10 @@ def _number(value: float | None) -> str:
 
 def _columns(artefact: Artefact, names: Sequence[str]) -> Columns:
     """The heads of the artefact by the recipe's names of the parents, which may not be those it was merged under."""
-    sizes = [head.outputs for head in artefact.heads]
-    if artefact.labels == "separate" and len(sizes) != len(names):
+    places = None if artefact.columns is None else list(artefact.columns.values())
+    sizes = [head.outputs for head in artefact.heads] if places is None else list(map(len, places))
+    if artefact.labels != "shared" and len(sizes) != len(names):
         raise UsageError(
-            f"{artefact.folder} has {len(sizes)} heads, and the recipe has {len(names)} parents: name as many"
+            f"{artefact.folder} answers for {len(sizes)} parents, and the recipe has {len(names)}: name as many"
         )
-    return merged_columns(artefact.labels, dict(zip(names, sizes * len(names), strict=False)))
+    return merged_columns(artefact.labels, dict(zip(names, sizes * len(names), strict=False)), places)

@@ -2,8 +2,8 @@
 functions.
 
 A task has labelled images and says which parent is its expert. A network's output columns are divided into
-heads: with shared labels one head serves every task; with separate labels a task uses the head of its expert,
-and the joint accuracy asks for the right class among the labels of all heads.
+heads: with shared labels one head serves every task; with separate labels a task uses the head of its expert, in a
+union of labels the outputs that its expert knows; and the joint accuracy asks for the right class among all labels.
 """
 
 from __future__ import annotations
@@ -35,10 +35,11 @@ from datafree.images.image_set import ImageSet, ImageSpec, load_images
 from datafree.images.preprocess import Preprocess
 from datafree.spec import Spec
 
-Labels = Literal["shared", "separate"]
+Labels = Literal["shared", "separate", "union"]
 BOTH = "both"  # what older recipes say for all parents
 EVERY = "every parent"  # the expert of a task that names none
-Columns = Mapping[str, slice]  # expert, or EVERY -> the output columns that answer its tasks
+Head = slice | list[int]  # output columns, in the order of a parent's outputs
+Columns = Mapping[str, Head]  # expert, or EVERY -> the output columns that answer its tasks
 Progress = Callable[[str, int, int], None]  # stage, done, total
 
 
@@ -46,7 +47,7 @@ class TaskSpec(Spec):
     """One task in a recipe.
 
     expert:       the name of the parent that was trained for it; absent (or "both") where all were. With separate
-                  labels it says which head answers
+                  labels, or a union, it says which outputs answer
     label_offset: taken off every label, where the images' labels 5, 6, ... are the head's outputs 0, 1, ...
     """
 
@@ -93,8 +94,15 @@ def load_task(spec: TaskSpec, base: Path, *, verify: bool = True) -> Task:
     return Task(spec.name, None if spec.expert == BOTH else spec.expert, images, targets)
 
 
-def merged_columns(labels: str, outputs: Mapping[str, int]) -> Columns:
-    """Heads of a network that answers for all parents: a merged model or an ensemble. outputs: of each parent."""
+def merged_columns(
+    labels: str, outputs: Mapping[str, int], places: Sequence[Sequence[int]] | None = None
+) -> Columns:
+    """Heads of a network that answers for all parents: a merged model or an ensemble.
+
+    outputs: of each parent     places: with `labels: union`, for each parent the output that each of its own is
+    """
+    if labels == "union" and places is not None:
+        return {name: list(own) for name, own in zip(outputs, places, strict=True)}
     if labels == "shared":
         return dict.fromkeys((*outputs, EVERY), slice(0, next(iter(outputs.values()))))
     ends = list(accumulate(outputs.values()))
@@ -107,7 +115,12 @@ def parent_columns(labels: str, name: str, outputs: Mapping[str, int]) -> Column
     return dict.fromkeys(names, slice(0, outputs[name]))
 
 
-def head_of(task: Task, columns: Columns) -> slice | None:
+def places_of(head: Head) -> list[int]:
+    """The output columns of a head, one for each of a parent's outputs."""
+    return list(range(head.start, head.stop)) if isinstance(head, slice) else head
+
+
+def head_of(task: Task, columns: Columns) -> Head | None:
     """The output columns that answer a task; None where there are none."""
     return columns.get(task.expert or EVERY)
 
@@ -119,14 +132,14 @@ def check_tasks(tasks: Sequence[Task], columns: Columns) -> None:
         names = [name for name in columns if name != EVERY]
         if head is None and task.expert is None:
             raise UsageError(
-                f"task {task.name}: with separate labels each task needs the head of one parent: say "
+                f"task {task.name}: where parents have labels of their own each task needs one parent's: say "
                 f"`expert: {names[0]}` or another of {', '.join(names)}"
             )
         if head is None:
             close = difflib.get_close_matches(str(task.expert), names, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"the parents are {', '.join(names)}"
             raise UsageError(f"task {task.name}: expert {task.expert!r} is no parent; {hint}")
-        size = head.stop - head.start
+        size = len(places_of(head))
         if task.targets.max() >= size:
             raise UsageError(
                 f"task {task.name}: label {int(task.targets.max())} (after label_offset) is beyond the "
@@ -172,7 +185,7 @@ def evaluate_outputs(
     """
     scores: list[TaskScore] = []
     joint_right, joint_count = 0, 0
-    ends = sorted({(head.start, head.stop) for head in columns.values()})
+    heads = {tuple(places_of(head)) for head in columns.values()}
     for task in tasks:
         head = head_of(task, columns)
         if head is None:
@@ -188,8 +201,8 @@ def evaluate_outputs(
             relative_error(logits[:, head], wanted[:, head]) if wanted is not None and comparable else None
         )
         scores.append(_score(task, logits[:, head], error))
-        if len(ends) > 1:
-            joint_right += int((logits.argmax(1).numpy() == task.targets + head.start).sum())
+        if len(heads) > 1:
+            joint_right += int((logits.argmax(1).numpy() == np.array(places_of(head))[task.targets]).sum())
             joint_count += len(task.targets)
     joint = joint_right / joint_count if joint_count else None
     return Evaluation(

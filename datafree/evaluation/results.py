@@ -8,7 +8,7 @@ from importlib.metadata import version
 from typing import Any, Literal
 
 import pleas
-from datafree.evaluation.evaluate import Evaluation
+from datafree.evaluation.evaluate import Evaluation, Labels
 from datafree.evaluation.fidelity import Fidelity
 
 SCHEMA = 2  # of metrics.json: see docs/metrics.md
@@ -168,7 +168,7 @@ class Results:
 
     name: str
     fingerprint: str
-    labels: Literal["shared", "separate"]
+    labels: Labels
     tasks: tuple[str, ...]
     rows: tuple[Row, ...]
     layers: Mapping[Point, tuple[pleas.LayerEvidence, ...]]

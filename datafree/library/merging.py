@@ -261,6 +261,11 @@ def refine(
 
 
 def trace_networks(loaded: LoadedParents, settings: pleas.MergeSettings) -> pleas.Parents:
+    if settings.heads == "union":
+        raise UsageError(
+            "labels='union' joins classes by name, and networks bring no names: use a recipe with `labels: union`, or "
+            "pleas.merge with MergeSettings(heads='union', outputs=...)"
+        )
     return pleas.Parents.of(
         [parent.module for parent in loaded.each],
         loaded.example,

@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 import pleas
-from datafree.evaluation.evaluate import BOTH, TaskSpec
+from datafree.evaluation.evaluate import BOTH, Labels, TaskSpec
 from datafree.images.image_set import ImageSpec
 from datafree.models.parent import BaseSpec, ParentSpec
 from datafree.proxy import ProxySpec
@@ -72,7 +72,7 @@ class MergeSpec(Spec):
             )
         return self
 
-    def settings(self, labels: Literal["shared", "separate"], seed: int) -> pleas.MergeSettings:
+    def settings(self, labels: Labels, seed: int) -> pleas.MergeSettings:
         return pleas.MergeSettings(
             matching=self.matching,
             allocation=self.allocation,
@@ -182,7 +182,8 @@ class Recipe(Spec):
     parents: two or more of one architecture, by names of your choice
     base: the network all of them were fine-tuned from, if there is one: {model: ..., weights: ...}, without being a
         parent
-    labels: "shared" (all parents predict the same classes: one head) or "separate" (one head per parent)
+    labels: "shared" (all parents predict the same classes: one head), "separate" (one head per parent) or "union" (one
+            head over the classes of all parents, joined by name)
     folder: where relative paths start; the recipe's own folder when absent
     compare: other methods that make one network of the same parents, for the table: `all`, or a list of names and of
         mappings, as `[permutation, {method: regmean, off_diagonal: 0.8}]`; `datafree methods` lists them
@@ -196,7 +197,7 @@ class Recipe(Spec):
     folder: str | None = None
     parents: dict[str, ParentSpec]
     base: BaseSpec | None = None
-    labels: Literal["shared", "separate"] = "shared"
+    labels: Labels = "shared"
     proxy: ProxySection
     merge: MergeSpec
     refine: RefineSpec | None = None

@@ -106,7 +106,10 @@ def _settled(
     """The recipe's proxies, as few as it takes for the second moments to settle; a note says how few."""
     spec = work.recipe.recipe.proxy
     networks = pleas.Parents.of(
-        [parent.module for parent in parents.each], parents.example, work.settings, names=parents.names
+        [parent.module for parent in parents.each],
+        parents.example,
+        parents.settings(work),
+        names=parents.names,
     )
 
     def collect(batches: Sequence[Tensor], first: int, total: int) -> pleas.Statistics:

@@ -16,10 +16,12 @@ from datafree.errors import RunError
 from datafree.evaluation.evaluate import (
     Columns,
     Evaluation,
+    Labels,
     Task,
     TaskScore,
     evaluate_outputs,
     parent_columns,
+    places_of,
     predict,
     predict_batches,
     relative_to,
@@ -42,9 +44,10 @@ Curves = Mapping[Point, list[dict[str, float | None]]]  # seconds of refining, t
 class AllParents(nn.Module):
     """The ensemble as a network of the merged network's input, whatever the parents' own normalisation."""
 
-    def __init__(self, parents: LoadedParents, labels: str) -> None:
+    def __init__(self, parents: LoadedParents, labels: Labels) -> None:
         super().__init__()
-        self.ensemble = pleas.Ensemble(*(parent.module for parent in parents.each), heads=labels)
+        modules = [parent.module for parent in parents.each]
+        self.ensemble = pleas.Ensemble(*modules, heads=labels, outputs=parents.places)
         for number, parent in enumerate(parents.each):
             own, common = parent.preprocess, parents.input
             slope = torch.tensor(common.std) / torch.tensor(own.std)
@@ -257,7 +260,7 @@ class Judge:
             "network": pleas.program_config(module)
             or f"{type(module).__module__}.{type(module).__qualname__}",
             "parents": self.parents.fingerprint,
-            "columns": {name: [head.start, head.stop] for name, head in columns.items()},
+            "columns": {name: places_of(head) for name, head in columns.items()},
             "preprocess": preprocess.to_dict(),
             "device": self.work.device.type,
             "torch": torch.__version__,

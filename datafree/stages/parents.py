@@ -14,6 +14,7 @@ from datafree.errors import UsageError
 from datafree.evaluation.evaluate import Columns, merged_columns
 from datafree.images.preprocess import Preprocess
 from datafree.models.parent import Parent, load_base, load_parent
+from datafree.models.union import Union, union_of
 from datafree.recipe.file import RecipeFile
 from datafree.stages.work import Work
 from pleas.plan.reach import reach, say_reach
@@ -25,12 +26,14 @@ class LoadedParents:
 
     input: how images become the merged network's input
     base:  what the parents were fine-tuned from, where the recipe says so; it is none of them
+    union: of their classes, with `labels: union`
     """
 
     each: tuple[Parent, ...]
     input: Preprocess
     notes: tuple[str, ...]
     base: Parent | None = None
+    union: Union | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -52,7 +55,17 @@ class LoadedParents:
 
     def columns(self, labels: str) -> Columns:
         """Heads of a network that answers for all parents."""
-        return merged_columns(labels, {parent.name: parent.outputs for parent in self.each})
+        outputs = {parent.name: parent.outputs for parent in self.each}
+        return merged_columns(labels, outputs, self.places)
+
+    @property
+    def places(self) -> tuple[tuple[int, ...], ...] | None:
+        """For each parent the merged output that each of its own is; None where labels are not a union."""
+        return None if self.union is None else self.union.places
+
+    def settings(self, work: Work) -> pleas.MergeSettings:
+        """The recipe's settings, with what only its parents know."""
+        return work.settings if self.union is None else replace(work.settings, outputs=self.places)
 
     @property
     def fingerprint(self) -> list[dict[str, Any]]:
@@ -90,6 +103,11 @@ def load_parents(work: Work, *, probe: bool = False) -> LoadedParents:
             pleas.check_parents(modules, work.settings, names=names)
             common, notes = merged_input(parents)
         _check_labels(recipe, parents)
+        union = None
+        if recipe.recipe.labels == "union":
+            with recipe.at():
+                union = union_of(parents)
+            notes = (*notes, *union.notes)
         said = [f"parent {parent.name}: {note}" for parent in parents for note in parent.notes]
         base, spec = None, recipe.recipe.base
         if spec is not None:
@@ -97,18 +115,19 @@ def load_parents(work: Work, *, probe: bool = False) -> LoadedParents:
                 base = load_base(spec, parents[0], recipe.base, probe=probe, progress=work.progress)
                 pleas.check_parents(modules, work.settings, names=names, base=base.module)
             said += [f"the base: {note}" for note in base.notes]
-    return LoadedParents(tuple(parents), common, (*said, *notes), base)
+    return LoadedParents(tuple(parents), common, (*said, *notes), base, union)
 
 
 def _check_labels(recipe: RecipeFile, parents: Sequence[Parent]) -> None:
-    if recipe.recipe.labels == "separate":
+    if recipe.recipe.labels != "shared":
         return
     first = parents[0]
     for other in parents[1:]:
         if first.outputs != other.outputs:
             raise recipe.error(
                 f"shared labels need parents with the same outputs, but {first.name} has {first.outputs} and "
-                f"{other.name} has {other.outputs}: say `labels: separate` for one head per parent",
+                f"{other.name} has {other.outputs}: say `labels: separate` for one head per parent, "
+                "or `labels: union` to join classes by name",
                 "labels",
             )
         if first.classes and other.classes and first.classes != other.classes:
@@ -117,7 +136,7 @@ def _check_labels(recipe: RecipeFile, parents: Sequence[Parent]) -> None:
             raise recipe.error(
                 f"shared labels mean that output i is the same class in all parents, but output {place} is "
                 f"{first.classes[place]!r} in {first.name} and {other.classes[place]!r} in {other.name}: say "
-                "`labels: separate`, or correct `classes`",
+                "`labels: separate` or `union`, or correct `classes`",
                 "labels",
             )
 
@@ -165,7 +184,7 @@ def trace_parents(work: Work, parents: LoadedParents) -> pleas.Parents:
         networks = pleas.Parents.of(
             [parent.module for parent in parents.each],
             parents.example,
-            work.settings,
+            parents.settings(work),
             names=parents.names,
             base=None if parents.base is None else parents.base.module,
         )

@@ -147,6 +147,7 @@ def _refine_one(
         "fresh": None if spec.fresh is None else spec.fresh.model_dump(),
         "curve": curve,
         "labels": work.recipe.recipe.labels,
+        "places": parents.places,
         "device": work.device.type,
         "torch": torch.__version__,
     }
@@ -206,6 +207,7 @@ def _run(
         settings,
         normalise=parents.input,
         heads=work.recipe.recipe.labels,
+        outputs=parents.places,
         augment=AUGMENT[spec.augment],
         renew=renew,
         features=features,

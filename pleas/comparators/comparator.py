@@ -66,7 +66,7 @@ class Comparator(ABC):
         """
         if "base" in self.needs and not base:
             return "it needs the network that all parents were fine-tuned from: give `base`"
-        if "shared labels" in self.needs and parents.settings.heads == "separate":
+        if "shared labels" in self.needs and parents.settings.heads != "shared":
             return "it is defined for parents that share their labels: say `labels: shared`"
         if self.most_parents is not None and parents.count > self.most_parents:
             return f"it is defined for {self.most_parents} parents, and there are {parents.count}"

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pleas.errors import NonFinite
+from pleas.heads import together
 from pleas.refine.settings import RefineSettings
+from pleas.settings import Heads
 from pleas.statistics.domains import answer_and_distance, shares_of
 
 Normalise = Callable[[Tensor], Tensor]  # uint8 (N, C, H, W) -> a network's input
@@ -57,16 +59,25 @@ class Teacher:
 
 
 class Teachers:
-    """All parents as one teacher: their logits side by side, or for a shared head their mean.
+    """All parents as one teacher: their logits side by side, for a shared head their mean, or their union.
 
+    places:  of every parent's outputs among the merged ones, with a union
     typical: how far each parent's own images are from it (`pleas.statistics.domains`), so that in every image the
              parent counts most whose domain it is of, in the mean or head by head; None: all count alike
     """
 
     def __init__(
-        self, teachers: Sequence[Teacher], normalise: Normalise, shared: bool, typical: Tensor | None = None
+        self,
+        teachers: Sequence[Teacher],
+        normalise: Normalise,
+        heads: Heads,
+        places: Sequence[Sequence[int]] | None = None,
+        *,
+        typical: Tensor | None = None,
     ) -> None:
-        self._teachers, self._normalise, self.shared = tuple(teachers), normalise, shared
+        self._teachers, self._normalise = tuple(teachers), normalise
+        self.heads: Heads = heads
+        self.places = places
         self._typical = typical
 
     @property
@@ -74,7 +85,7 @@ class Teachers:
         return [teacher.name for teacher in self._teachers]
 
     def __call__(self, images: Tensor) -> Tensor:
-        """uint8 (N, C, H, W) -> float32 (N, K), or (N, sum of K_p) where heads are separate; see `answers`."""
+        """uint8 (N, C, H, W) -> float32 (N, K), or of all heads; see `answers`."""
         return self.together(*self.heard(images))
 
     def inputs(self, images: Tensor) -> list[Tensor]:
@@ -83,10 +94,8 @@ class Teachers:
 
     def together(self, outputs: Sequence[Tensor], shares: Tensor | None = None) -> Tensor:
         """One target of each parent's own outputs; shares: how much each counts in every image, (N, parents)."""
-        if not self.shared:
-            return torch.cat(list(outputs), 1)
-        if shares is None:
-            return torch.stack(list(outputs)).mean(0)
+        if shares is None or self.heads != "shared":
+            return together(outputs, self.heads, self.places)
         return torch.einsum("pnk,np->nk", torch.stack(list(outputs)), shares.to(outputs[0]))
 
     def answers(self, images: Tensor) -> list[Tensor]:
@@ -150,7 +159,7 @@ class Objective:
     heads: name -> columns        scale: the outputs' variance, where they are no logits
     """
 
-    heads: Mapping[str, slice]
+    heads: Mapping[str, slice | list[int]]
     outputs: Outputs
     settings: RefineSettings
     scale: float = 1.0
@@ -210,9 +219,13 @@ class Objective:
         return 1 - (output - target).square().sum(1) / spread.clamp_min(torch.finfo(spread.dtype).tiny)
 
 
-def heads_of(sizes: Mapping[str, int], shared: bool) -> dict[str, slice]:
+def heads_of(
+    sizes: Mapping[str, int], heads: Heads, places: Sequence[Sequence[int]] | None = None
+) -> dict[str, slice | list[int]]:
     """Output columns of every head; sizes: outputs of each parent, by name."""
     ends = list(accumulate(sizes.values()))
-    if shared:
+    if heads == "shared":
         return {"shared": slice(0, ends[0])}
+    if places is not None:
+        return {name: list(own) for name, own in zip(sizes, places, strict=True)}
     return {name: slice(end - sizes[name], end) for name, end in zip(sizes, ends, strict=True)}

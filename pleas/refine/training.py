@@ -35,6 +35,7 @@ from pleas.refine.learner import Diverged, Learner, State, laid_out, schedule, w
 from pleas.refine.settings import RefineSettings
 from pleas.refine.verdict import MIN_HELD_OUT, Look, Verdict, compare, share_held_out
 from pleas.refine.views import Augment, Batches, shift_and_flip, split_off
+from pleas.settings import Heads, check_places
 from pleas.statistics.domains import NO_DOMAINS, look
 
 Progress = Callable[[str, int, int], None]
@@ -100,7 +101,8 @@ def refine(
     settings: RefineSettings = _DEFAULTS,
     *,
     normalise: Normalise,
-    heads: Literal["shared", "separate"] = "shared",
+    heads: Heads = "shared",
+    outputs: Sequence[Sequence[int]] | None = None,
     augment: Augment | None = shift_and_flip,
     renew: Renew | None = None,
     features: Features | None = None,
@@ -119,6 +121,8 @@ def refine(
     normalise:   makes images the merged network's input, and a teacher's that has none of its own
     heads:       "shared": `module` gives (N, K), its target is the mean of the parents' logits;
                  "separate": it gives every parent's outputs side by side
+                 "union": it gives the outputs that any parent knows, each the mean over those that do
+    outputs:     with "union", for each parent the merged output that each of its outputs is, as in MergeSettings
     augment:     (uint8 images, generator) -> uint8 images; None trains on the images as they are
     renew:       (the network as it is, number of the renewal from 1 on) -> new images, uint8 (N, C, H, W), for
                  settings.renewals; a pure function, so that a resumed run gets the same
@@ -142,6 +146,10 @@ def refine(
         raise InputError(
             f"feature_weight = {settings.feature_weight:g} needs to know which units are matched: give `features`"
         )
+    if outputs is not None:
+        check_places(heads, outputs)
+    if heads == "union" and (outputs is None or len(outputs) != len(teachers)):
+        raise InputError("heads = 'union' needs `outputs`: one tuple of merged outputs for every teacher")
     if not 0 <= snapshots <= settings.checks:
         raise InputError(
             f"snapshots = {snapshots}: one is taken at a check, so 0 to checks = {settings.checks}"
@@ -150,8 +158,10 @@ def refine(
     _check_teachers(teachers)
     train, held, sources = _divided(images, settings, groups, unused)
     frozen = [_frozen(teacher, device) for teacher in teachers]
-    typical, said = _whose(frozen, images, normalise, settings, heads == "shared", device)
-    parents = Teachers(frozen, normalise, shared=heads == "shared", typical=typical)
+    typical, said = None, ()
+    if heads != "union" or settings.targets == "own":  # an output that several know is theirs on every image
+        typical, said = _whose(frozen, images, normalise, settings, heads == "shared", device)
+    parents = Teachers(frozen, normalise, heads, outputs, typical=typical)
     judge = _Judge(held, sources, parents, normalise, settings, device)
     learner = Learner(module, settings, device)
     start = judge(learner.average)
@@ -164,6 +174,8 @@ def refine(
     lesson = _Lesson(batches, parents, judge.objective, normalise, settings, device, learner.layout, listens)
     run = _Run(learner, lesson, judge, start, renew, progress, snapshots)
     identity = {**asdict(settings), "images": list(images.shape), "heads": heads, "parents": parents.names}
+    if outputs is not None:
+        identity["outputs"] = [list(own) for own in outputs]
     identity["groups"] = [
         list(pair) for pair in sorted(Counter(groups or ()).items())
     ]  # as JSON gives it back
@@ -294,7 +306,7 @@ class _Judge:
         shares = [share.cpu() for _, share in heard if share is not None]
         answers = {name: torch.cat(part).cpu() for name, part in zip(parents.names, parts, strict=True)}
         sizes = {name: answer.shape[1] for name, answer in answers.items()}
-        if parents.shared and len(set(sizes.values())) > 1:
+        if parents.heads == "shared" and len(set(sizes.values())) > 1:
             counts = ", ".join(f"parent {name} {size}" for name, size in sizes.items())
             raise InputError(
                 f"outputs per image: {counts}; a shared head needs the same labels, and with different ones each "
@@ -305,7 +317,7 @@ class _Judge:
         self._shares = torch.cat(shares) if shares else None
         self._target = parents.together(list(answers.values()), self._shares)
         spread = float(self._target.var(0).mean()) if outputs == "values" else 0.0
-        heads = heads_of(sizes, parents.shared)
+        heads = heads_of(sizes, parents.heads, parents.places)
         self.objective = Objective(heads, outputs, settings, spread or 1.0)
         mean = self._target.mean(0).expand_as(self._target)
         self.blind = float(self.objective(mean, self._target, self._shares))

@@ -262,7 +262,7 @@ class _Walk:
 
         [None] where all outputs are fitted together.
         """
-        alone = self.shares is None or self.settings.heads == "shared" or not self._is_head(layer)
+        alone = self.shares is None or self.settings.heads != "separate" or not self._is_head(layer)
         if alone or is_wide(layer) or layer.groups > 1:
             return [None]
         return list(range(self.parents.count))

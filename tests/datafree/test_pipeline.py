@@ -240,7 +240,7 @@ def test_shared_labels_need_the_same_outputs(own_tiny: Tiny, tmp_path: Path) -> 
     )  # fmt: skip
     assert message == (
         f"{own_tiny.recipe}:1:1: labels: shared labels mean that output i is the same class "
-        "in all parents, but output 8 is 'j' in a and 'i' in b: say `labels: separate`, or correct `classes`"
+        "in all parents, but output 8 is 'j' in a and 'i' in b: say `labels: separate` or `union`, or correct `classes`"
     )
 
 

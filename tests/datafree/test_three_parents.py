@@ -15,13 +15,15 @@ import pleas
 from datafree.cache.store import CACHE_VARIABLE
 from datafree.cli import main
 from datafree.errors import UsageError
+from datafree.evaluation.evaluate import Labels
 from datafree.pipeline import Outcome, run
 from datafree.recipe.file import RecipeFile
 from datafree.stages import AllParents, begin, load_parents
 from tests.datafree.tiny import Tiny, make_tiny
 
 PREPROCESS = "preprocess: {size: 8, mean: [0.3], std: [0.4]}"
-OUTPUTS = {"a": 10, "b": 4, "late": 3}  # of separate heads
+OUTPUTS = {"a": 10, "b": 4, "late": 3}  # of heads of their own
+CLASSES = {"a": range(10), "b": range(4), "late": range(7, 10)}  # that a union joins by name
 TASKS = (
     "evaluate=[{name: upright, expert: a, images: {digits: {domain: upright}, limit: 40}}, "
     "{name: low, expert: b, images: {digits: {domain: rotated}, keep_labels: [0, 1, 2, 3], limit: 40}}, "
@@ -50,18 +52,23 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def recipe(tiny: Tiny, labels: str, *changes: str) -> RecipeFile:
     late = f'{{model: "python:net.py:net", weights: late.safetensors, {PREPROCESS}}}'
-    changes = (f"parents.late={late}", "merge.budgets=[1.0, 1.5]", "oracle=null", *changes)
-    if labels == "separate":
-        changes += ("labels=separate", TASKS)
+    made: tuple[str, ...] = (f"parents.late={late}", "merge.budgets=[1.0, 1.5]", "oracle=null")
+    if labels != "shared":
+        made += (f"labels={labels}", TASKS)
         for name, weights in (("b", "b4"), ("late", "late3")):
-            changes += (
+            made += (
                 f"parents.{name}.weights={weights}.safetensors",
                 f"parents.{name}.arguments.num_classes={OUTPUTS[name]}",
             )
-    return tiny.load(*changes)
+    if labels == "union":
+        made += tuple(
+            f"parents.{name}.classes=[{','.join(f'digit{i}' for i in known)}]"
+            for name, known in CLASSES.items()
+        )
+    return tiny.load(*made, *changes)
 
 
-@pytest.fixture(scope="module", params=["shared", "separate"])
+@pytest.fixture(scope="module", params=["shared", "separate", "union"])
 def merged(request: pytest.FixtureRequest, tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     return run(recipe(tiny, request.param), tmp_path_factory.mktemp("out") / "three")
 
@@ -98,7 +105,7 @@ def test_the_artefact_alone_gives_the_merged_network_and_its_numbers(merged: Out
         with torch.no_grad():
             assert torch.equal(artefact.module(x), one.result.module(x))
         heads = {head.parents: head.outputs for head in artefact.heads}
-        assert heads == ({"a, b and late": 10} if labels == "shared" else OUTPUTS)
+        assert heads == (OUTPUTS if labels == "separate" else {"a, b and late": 10})
         again = CliRunner().invoke(
             main, ["eval", str(folder), str(folder / "recipe.resolved.yaml"), "--json"]
         )
@@ -168,8 +175,13 @@ def test_parents_in_another_order_are_another_merge(
     torch.testing.assert_close(one, two, rtol=0.05, atol=0.05)
 
 
+def test_a_union_needs_the_classes_of_every_parent(tiny: Tiny) -> None:
+    with pytest.raises(UsageError, match=r"late has none: give `parents\.late\.classes`"):
+        load_parents(begin(recipe(tiny, "union", "parents.late.classes=null")))
+
+
 @pytest.mark.parametrize("labels", ["shared", "separate"])
-def test_the_ensemble_takes_the_pixels_as_every_parent_does(tiny: Tiny, labels: str) -> None:
+def test_the_ensemble_takes_the_pixels_as_every_parent_does(tiny: Tiny, labels: Labels) -> None:
     parents = load_parents(begin(recipe(tiny, labels, "parents.late.preprocess.mean=[0.6]")))
     images = torch.randint(0, 256, (6, 1, 8, 8), dtype=torch.uint8)
     with torch.no_grad():

@@ -140,7 +140,7 @@ class Opponent:
 
     network: nn.Module
     preprocess: Preprocess
-    columns: Mapping[str, slice]
+    columns: Mapping[str, slice | list[int]]
     weight: float
 
     def disagreement(self, pixels: Tensor, parent: str, logits: Tensor) -> Tensor:

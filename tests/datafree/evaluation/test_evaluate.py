@@ -201,7 +201,7 @@ def test_tasks_that_do_not_fit_the_heads_are_refused() -> None:
     with pytest.raises(UsageError) as caught:
         check_tasks([task([0], [0])], three)
     assert str(caught.value) == (
-        "task t: with separate labels each task needs the head of one parent: say `expert: day` or another of "
+        "task t: where parents have labels of their own each task needs one parent's: say `expert: day` or another of "
         "day, night, dusk"
     )
     check_tasks([task([0], [2], expert="night")], three)

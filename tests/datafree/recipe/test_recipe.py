@@ -77,7 +77,7 @@ def test_a_good_recipe_and_its_defaults() -> None:
         (("  b: {model", "  night: {modle"), "r.yaml:4:11: parents.night.modle: unknown key; did you mean 'model'?"),
         (("  b: {model", "  a: {model"), "r.yaml:4:3: the key 'a' is already set on line 3; keep one"),
         (("{name: one, ", "{name: one, expert: c, "), "r.yaml:11:17: evaluate.0.expert: 'c' is none of the parents; they are a, b"),
-        (("merge: {", "labels: shred\nmerge: {"), "r.yaml:9:1: labels: must be 'shared' or 'separate', not 'shred'; did you mean 'shared'?"),
+        (("merge: {", "labels: shred\nmerge: {"), "r.yaml:9:1: labels: must be 'shared', 'separate' or 'union', not 'shred'; did you mean 'shared'?"),
         (("name: tiny", "name: a b"), "r.yaml:1:1: name: 'a b' also names the output folder: use letters, digits, '.', '_' and '-', starting with a letter or digit"),
         (("    - {kind: noise}\n", ""), "r.yaml:7:3: proxy.sources: must be a list, not nothing"),
         (("{name: one, images: {digits: {}}}", "{name: one, images: {}}"), "r.yaml:11:17: evaluate.0.images: give exactly one of folder, npz, webdataset, torchvision, digits; none is given"),

@@ -613,7 +613,7 @@ def test_loss_is_the_mean_over_heads_of_its_formula() -> None:
     heads = [by_hand(output[:, :3], target[:, :3], 2.0), by_hand(output[:, 3:], target[:, 3:], 2.0)]
     error = float((output - target).square().mean())
     expected = sum(heads) / 2 + 0.3 * error + 0.5 * by_hand(output, target, 2.0)
-    objective = Objective(heads_of({"a": 3, "b": 2}, shared=False), "logits", settings)
+    objective = Objective(heads_of({"a": 3, "b": 2}, "separate"), "logits", settings)
     assert float(objective(output, target)) == pytest.approx(expected, rel=1e-5)
     assert float(objective(target, target)) == pytest.approx(0, abs=1e-6)
 
@@ -786,7 +786,7 @@ def test_the_target_is_that_of_the_parent_whose_image_it_is() -> None:
     teachers = [Teacher("a", a), Teacher("b", b)]
     domains = whose([a, b], [(normalise(images),) * 2], ["a", "b"])
     assert domains is not None
-    own = Teachers(teachers, normalise, True, domains.typical)
+    own = Teachers(teachers, normalise, "shared", typical=domains.typical)
     answers, shares = own.heard(images)
     assert shares is not None
     assert torch.equal(shares.argmax(1), torch.arange(len(images)) % 2)
@@ -794,9 +794,9 @@ def test_the_target_is_that_of_the_parent_whose_image_it_is() -> None:
     for i in (0, 1, 7):
         expected = shares[i, 0] * answers[0][i] + shares[i, 1] * answers[1][i]
         torch.testing.assert_close(own(images)[i], expected)
-    plain = Teachers(teachers, normalise, True)
+    plain = Teachers(teachers, normalise, "shared")
     assert torch.equal(plain(images), torch.stack(answers).mean(0))
-    separate = Teachers(teachers, normalise, False, domains.typical)
+    separate = Teachers(teachers, normalise, "separate", typical=domains.typical)
     assert torch.equal(separate(images), torch.cat(answers, 1))
     both, x = torch.cat(answers, 1), torch.randn(160, 8, generator=torch.Generator().manual_seed(0))
     heads = {"a": slice(0, 4), "b": slice(4, 8)}
