@@ -16,7 +16,8 @@ JOBS ?= 2
 OLDEST := .venv-oldest
 OLDEST_TESTS := tests/test_oldest.py tests/pleas/network/test_counting.py tests/pleas/test_merge.py \
 	tests/pleas/refine/test_refine.py tests/pleas/test_transformers.py tests/datafree/artefact/test_save_load.py \
-	tests/datafree/test_pipeline.py tests/datafree/proxy
+	tests/datafree/test_pipeline.py tests/datafree/proxy/test_build.py tests/datafree/proxy/kinds/test_diffusion.py \
+	tests/datafree/proxy/kinds/test_inversion.py
 
 .PHONY: help quickstart test test-all test-oldest lint types format docs evidence clean
 

@@ -17,11 +17,9 @@ from pleas.layers.layer import Layer
 from pleas.network.views import Constants, by_owner
 from pleas.plan.layout import ClassPlan, Layout, lay_out, plain_layout
 from pleas.symmetry import Symmetry
-from pleas.symmetry.owners import OWNED
-from pleas.symmetry.rules import op_name
+from pleas.symmetry.owners import GROUP_NORM, LAYER_NORM, reduced_dims
 
 aten = torch.ops.aten
-LAYER_NORM, GROUP_NORM = aten.native_layer_norm.default, aten.native_group_norm.default
 
 
 class Layouts:
@@ -119,26 +117,11 @@ def reduced_axis(node: fx.Node, layouts: Layouts) -> tuple[int, Layout] | None:
     value = source.meta.get("val")
     if not isinstance(value, torch.Tensor):
         return None
-    if node.target is LAYER_NORM:
-        dims = list(range(value.dim() - len(node.args[1]), value.dim()))  # type: ignore[arg-type]
-    elif node.target is GROUP_NORM and node.args[6] == 1:
-        dims = list(range(1, value.dim()))
-    elif op_name(node.target) in OWNED:
-        dims = [d for d in range(value.dim()) if d in _reduced_dims(node, value.dim())]
-    else:
-        return None
+    dims = reduced_dims(node)
     found = [(d - value.dim(), layouts.value(source, d)) for d in dims if layouts.value(source, d).widened]
     if len(found) > 1:
         raise _refuse(node, "runs over two widened dimensions")
     return found[0] if found else None
-
-
-def _reduced_dims(node: fx.Node, count: int) -> set[int]:
-    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
-    given = dict(zip(names, node.args, strict=False)) | node.kwargs
-    dims: Any = given.get("dim")
-    dims = range(count) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
-    return {d % count for d in dims}
 
 
 def _owner_by_owner(

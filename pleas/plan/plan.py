@@ -2,8 +2,9 @@
 
 A unit starts fused by all parents and may be split step by step, until every parent has its own. Within a class the
 least similar units are split first. How many, class by class, follows from what fusing costs (`pleas.plan.fusing`).
-Widths follow a greedy path over classes, the splits that save most predicted error per multiply-add first. Plans of
-growing budgets are prefixes of one path, so more budget never predicts more error.
+Widths follow a greedy path over classes, the splits that save most predicted error per multiply-add first; residual
+streams, which norms run over, come apart when all else has (decision 14). Plans of growing budgets are prefixes of one
+path, so more budget never predicts more error.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from pleas.plan.heads import merged_outputs
 from pleas.plan.layout import ClassPlan, everyone
 from pleas.plan.reach import reach, say_reach
 from pleas.settings import Allocation, MergeSettings
+from pleas.symmetry.owners import reduced_over
 
 CHUNKS = 32  # a class is kept apart in steps of 1/32 of its splits
 
@@ -108,7 +110,8 @@ def make_plan(
         def fits(candidate: Mapping[int, int]) -> bool:
             return model.total(_masks(counts, candidate)) <= limit
 
-        widths = _widest(splits, counts, model, allocation or settings.allocation, fits)
+        last = reduced_over(parents.symmetry)
+        widths = _widest(splits, counts, model, allocation or settings.allocation, fits, last)
     found = _plan(evidence, splits, widths, sizes, model, outputs)
     return found if budget is None else replace(found, notes=say_reach(reach(parents), [budget]))
 
@@ -196,8 +199,12 @@ def _widest(
     model: FlopModel,
     allocation: Allocation,
     fits: Callable[[Mapping[int, int]], bool],
+    last: frozenset[int] = frozenset(),
 ) -> dict[int, int]:
-    """The most splits per class that fit, along the path of the allocation."""
+    """The most splits per class that fit, along the path of the allocation.
+
+    last: classes that, where error allocates, come apart when all others are (decision 14)
+    """
     lengths = {c: len(chosen) for c, chosen in splits.items()}
     widths = dict.fromkeys(splits, 0)
     if allocation == "uniform":
@@ -209,8 +216,13 @@ def _widest(
             widths[c] = _most(lengths[c], lambda m, c=c: fits({**widths, c: m}))
         return widths
     saves = {c: torch.tensor([split.saves for split in chosen]) for c, chosen in splits.items()}
-    open_classes = {c for c in splits if lengths[c]}
-    while open_classes:
+    open_classes = {c for c in splits if lengths[c] and c not in last}
+    waiting = {c for c in splits if lengths[c] and c in last}
+    while open_classes or waiting:
+        if not open_classes:
+            if any(widths[c] < lengths[c] for c in splits if c not in last):
+                break
+            open_classes, waiting = waiting, set()
         best = max(sorted(open_classes), key=lambda c: _gain(c, saves[c], widths, counts, model))
         reach = min(lengths[best], widths[best] + _chunk(lengths[best]))
         if fits({**widths, best: reach}):

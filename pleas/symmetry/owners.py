@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import fx
 
-from pleas.symmetry.groups import DimUnits, units_along
+from pleas.symmetry.groups import DimUnits, Symmetry, units_along
 from pleas.symmetry.labels import Val, varying
 from pleas.symmetry.rules import is_pointwise, op_name
 
+LAYER_NORM = torch.ops.aten.native_layer_norm.default
+GROUP_NORM = torch.ops.aten.native_group_norm.default
 OWNED = {"mean", "sum", "var", "std", "amax", "amin", "linalg_vector_norm"}
 STRANGERS = "a {op} over it meets units of another order ({node})"
 
@@ -31,6 +34,37 @@ def is_owned(node: fx.Node, dim: int) -> bool:
     """Whether what a reduction over `dim` (counted from the end, and kept) finds meets nothing but full dimensions,
     element by element."""
     return op_name(node.target) in OWNED and all(ok for _, ok in _users(node, dim))  # type: ignore[arg-type]
+
+
+def reduced_dims(node: fx.Node) -> list[int]:
+    """The dimensions of its first argument that a norm or a reduction of `OWNED` runs over; none for other ops."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return []
+    source = node.args[0].meta.get("val") if node.args and isinstance(node.args[0], fx.Node) else None
+    if not isinstance(source, torch.Tensor):
+        return []
+    count = source.dim()
+    if node.target is LAYER_NORM:
+        return list(range(count - len(node.args[1]), count))  # type: ignore[arg-type]
+    if node.target is GROUP_NORM:
+        return list(range(1, count)) if node.args[6] == 1 else []
+    if op_name(node.target) not in OWNED:
+        return []
+    names = [argument.name for argument in node.target._schema.arguments]
+    given: dict[str, Any] = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    dims = given.get("dim")
+    chosen = range(count) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
+    return sorted({d % count for d in chosen})
+
+
+def reduced_over(symmetry: Symmetry) -> frozenset[int]:
+    """Classes whose units a norm, or another reduction that is taken owner by owner, runs over: residual streams."""
+    found: set[int] = set()
+    for node in symmetry.program.graph.nodes:
+        for dim in reduced_dims(node):
+            units = symmetry.value(node.args[0].name, dim)  # type: ignore[union-attr]
+            found |= set() if units is None else set(units.cls.unique().tolist())
+    return frozenset(found - {-1})
 
 
 def strangers(node: fx.Node, values: Mapping[str, Val], place: DimUnits) -> Iterator[tuple[int, str]]:

@@ -332,3 +332,12 @@ def test_settings_of_a_merge_are_checked_where_they_are_made() -> None:
     ):
         with pytest.raises(InputError, match=message):
             MergeSettings(**given)  # type: ignore[arg-type]
+
+
+def test_a_network_and_its_copy_in_half_precision_merge_to_it() -> None:
+    """Nearly equal parents: what fusing loses is rounding, which must not blow up where costs are solved for."""
+    a = parents("residual")[0]
+    evidence, x = evidence_of("residual", (a, copy.deepcopy(a).half().float())), images("residual", 8)
+    for budget in (1.0, 1.5, 2.0):
+        result = pleas.assemble(evidence, pleas.make_plan(evidence, budget=budget))
+        assert difference(outputs(result.module, x), outputs(a, x)) < 1e-3

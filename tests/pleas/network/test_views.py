@@ -17,6 +17,7 @@ from pleas.network.views import Constants, normalised_by_owner, views_of
 from pleas.network.widen import Layouts
 from pleas.plan.layout import ClassPlan, Layout, lay_out, owners
 from pleas.symmetry import DimUnits
+from pleas.symmetry.owners import reduced_over
 from tests.cases import randomise
 from tests.merging import difference, outputs
 
@@ -128,6 +129,17 @@ def test_everything_apart_is_the_ensemble(name: str, count: int) -> None:
     result = pleas.assemble(found, pleas.make_plan(found, budget=float(count)), least_squares=False)
     assert result.ratio == count
     assert difference(outputs(result.module, x), outputs(pleas.Ensemble(*parents.modules), x)) < 1e-4
+
+
+def test_a_stream_comes_apart_when_everything_else_has() -> None:
+    found, _ = evidence("rms", 2)
+    symmetry = found.parents.symmetry
+    (stream,) = reduced_over(symmetry)
+    assert stream == int(symmetry.axis("cls_token", 2).cls[0])
+    half, whole = (pleas.make_plan(found, budget=budget) for budget in (1.5, 2.0))
+    assert not half.classes[stream].widened
+    assert half.ratio > 1.45
+    assert all(p.width == 2 * p.size for c, p in whole.classes.items() if c not in symmetry.output)
 
 
 def test_what_is_saved_comes_back_with_the_same_bits() -> None:
