@@ -2,8 +2,9 @@
 
 A unit starts fused by all parents and may be split step by step, until every parent has its own. Within a class the
 least similar units are split first. How many, class by class, follows from what fusing costs (`pleas.plan.fusing`).
-Widths follow a greedy path over classes, the splits that save most predicted error per multiply-add first. Plans of
-growing budgets are prefixes of one path, so more budget never predicts more error.
+Widths follow a greedy path over classes, the splits that save most predicted error per multiply-add first; residual
+streams, which norms run over, come apart when all else has (decision 14). Plans of growing budgets are prefixes of one
+path, so more budget never predicts more error.
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ def reduced_over(symmetry: Symmetry) -> frozenset[int]:
     found: set[int] = set()
     for node in symmetry.program.graph.nodes:
         for dim in reduced_dims(node):
-            units = symmetry.value(node.args[0].name, dim)
+            units = symmetry.value(node.args[0].name, dim)  # type: ignore[union-attr]
             found |= set() if units is None else set(units.cls.unique().tolist())
     return frozenset(found - {-1})
 
