@@ -136,9 +136,11 @@ class Store:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             sweep(path.parent)
-            with temporary(path) as making:
-                write_safetensors(making, whole, header)
-                making.replace(path)
+            with temporary(
+                path, is_folder=True
+            ) as making:  # safetensors puts a file of its own in a file's place
+                write_safetensors(making / path.name, whole, header)
+                (making / path.name).replace(path)
         except (OSError, SafetensorError) as error:
             raise RunError(
                 f"the cache {self.root} cannot be written ({error}): free some space, or set "

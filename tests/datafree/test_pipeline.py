@@ -361,6 +361,7 @@ def test_check_passes_and_makes_nothing(tiny: Tiny, own_cache: Path) -> None:
         "parents",
         "images",
         "proxies",
+        "compare",
         "symmetry",
     ]
 
