@@ -241,9 +241,10 @@ class Judge:
 
     @property
     def _target(self) -> Tensor:
-        answers = list(self._answers.values())
-        separate = self.work.recipe.recipe.labels == "separate"
-        return torch.cat(answers, 1) if separate else torch.stack(answers).mean(0)
+        answers, labels = list(self._answers.values()), self.work.recipe.recipe.labels
+        if labels == "union":
+            return self._predict(self.together, self.parents.input)
+        return torch.cat(answers, 1) if labels == "separate" else torch.stack(answers).mean(0)
 
     def _predict(self, module: nn.Module, preprocess: Preprocess) -> Tensor:
         """Outputs for the held-out proxies. Raises RunError where they are not finite."""

@@ -91,7 +91,7 @@ def test_the_running_job_keeps_what_it_uses(tmp_path: Path, limit: Callable[[flo
 
 def test_another_running_process_keeps_what_it_uses(tmp_path: Path, limit: Callable[[float], None]) -> None:
     code = (
-        "import sys; from pathlib import Path; from datafree.cache_limit import used\n"
+        "import sys; from pathlib import Path; from datafree.cache.limit import used\n"
         "used(Path(sys.argv[1]), Path(sys.argv[2])); print('ready', flush=True); sys.stdin.read()"
     )
     (path,), _ = shards(tmp_path, "noise")

@@ -146,7 +146,7 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     with pytest.raises(
         UsageError, match=r"the cache folder .*proxy/noise/\w+ cannot be written \(.*\): free"
     ):
-        ShardFolder(tmp_path, "noise", {})
+        ShardFolder(tmp_path, "noise", {}).fill(SHARD, shard_of, quiet)
 
 
 def test_a_full_disk(folder: ShardFolder, monkeypatch: pytest.MonkeyPatch) -> None:
