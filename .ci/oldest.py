@@ -15,7 +15,7 @@ from typing import Any
 
 PYPROJECT = Path(__file__).resolve().parent.parent / "pyproject.toml"
 REQUIREMENT = re.compile(r"(?P<name>[A-Za-z0-9._-]+)\s*>=\s*(?P<oldest>[0-9][0-9.]*)")
-NOT_OURS = {"test", "dev"}  # tools that no user installs: their newest versions are used
+NOT_OURS = {"test", "dev", "docs"}  # tools that no user installs: their newest versions are used
 
 
 def oldest(project: dict[str, Any]) -> Iterator[tuple[str, str]]:
