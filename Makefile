@@ -61,8 +61,8 @@ docs: $(VENV)/.installed-docs
 
 # A grid that lost a cell does not keep the others from running; make fails in the end.
 evidence: $(VENV)/.installed-quickstart
-	$(BIN)/python -m benchmarks.propagate --groups resnet20,halves,mnist_usps,resnet20_other --images inverted \
-		--count 512 --budgets 1,1.25,1.5 --seeds 0 --name propagate
+	$(BIN)/python -m benchmarks.propagate --groups resnet20,halves,mnist_usps,resnet20_other,mnist_mnistm,mnist_mnistm_heads,usps_mnist_mnistm \
+		--images inverted --count 512 --budgets 1,1.25,1.5 --seeds 0 --name propagate
 	$(BIN)/python -m benchmarks.propagate --groups resnet20_three --images public --count 512 --budgets 1,1.5,2,3 \
 		--seeds 0 --name propagate_three
 	$(BIN)/python -m benchmarks.propagate --groups imagenet_mobilenet --images real --count 384 --budgets 1 \
