@@ -243,7 +243,7 @@ def _runner(module: nn.Module, images: Tensor) -> _Run:
     run = _Run(evaluation_copy(module, share=False).double(), torch.float64)
     try:
         run(images)
-    except (RuntimeError, NotImplementedError, TypeError):
+    except (RuntimeError, TypeError):
         return _Run(evaluation_copy(module, share=False).float(), torch.float32)
     return run
 

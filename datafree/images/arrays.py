@@ -38,7 +38,7 @@ DAMAGE = (
         RecursionError,
         MemoryError,
     ),
-    *(RuntimeError, NotImplementedError),  # encrypted, and a method of compression that Python lacks
+    RuntimeError,  # encrypted, or (a subclass of it) a method of compression that Python lacks
 )  # what zipfile and numpy raise on damaged files
 
 

@@ -119,7 +119,7 @@ def _check_archive(path: Path) -> None:
                 _check_protocol(path, file.read(64), legacy=False)
             broken = archive.testzip()
     except (
-        zipfile.BadZipFile, zlib.error, struct.error, NotImplementedError, RuntimeError, ValueError, EOFError, OSError,
+        zipfile.BadZipFile, zlib.error, struct.error, RuntimeError, ValueError, EOFError, OSError,
         OverflowError, LookupError,
     ) as error:  # fmt: skip
         raise _damaged(path, error) from error

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pleas.comparators.comparator import Case, Need, State
-from pleas.comparators.one_size import Canvas, OneSize, check_range, in_order
+from pleas.comparators.one_size import Canvas, OneSize, Ranges, in_order
 from pleas.evidence import Evidence
 from pleas.statistics.collect import for_each
 from pleas.symmetry import logits_of, permute_state
@@ -30,16 +30,11 @@ class Fisher(OneSize):
 
     title: ClassVar[str] = "Fisher"
     needs: ClassVar[frozenset[Need]] = frozenset({"images", "gradients"})
+    ranges: ClassVar[Ranges] = {"images": (1, 10**6), "classes": (1, 10**6), "floor": (1e-30, 1)}
     images: int = 256
     classes: int = 4
     floor: float = 1e-6
     permute: bool = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_range("images", self.images, 1, 10**6)
-        check_range("classes", self.classes, 1, 10**6)
-        check_range("floor", self.floor, 1e-30, 1)
 
     def align(self, case: Case) -> Evidence:
         return in_order(case.evidence, "recipe" if self.permute else "none")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pleas.comparators.comparator import Need, State
-from pleas.comparators.one_size import check_range
+from pleas.comparators.one_size import Ranges, check_range
 from pleas.comparators.vectors import FromBase, Tasks, total
 from pleas.statistics.collect import for_each
 from pleas.symmetry import execute
@@ -131,17 +131,11 @@ class FwMerging(FromBase):
 
     title: ClassVar[str] = "FW-Merging"
     needs: ClassVar[frozenset[Need]] = frozenset({"base", "images", "gradients"})
+    ranges: ClassVar[Ranges] = {"scale": (0, 10), "step": (0, 10), "rounds": (0, 10**6), "images": (1, 10**6)}
     scale: float = 0.3
     step: float = 0.1
     rounds: int = 10
     images: int = 100
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_range("scale", self.scale, 0, 10)
-        check_range("step", self.step, 0, 10)
-        check_range("rounds", self.rounds, 0, 10**6)
-        check_range("images", self.images, 1, 10**6)
 
     def combine(self, tasks: Tasks) -> State:
         merged = total(tasks.vectors, self.scale)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pleas.comparators.comparator import State
-from pleas.comparators.one_size import check_range
+from pleas.comparators.one_size import Ranges
 from pleas.comparators.vectors import FromBase, Tasks, Vectors, whole
 
 EXTREME = 1e-4  # share of a task vector's entries at either end that PCB clips
@@ -26,13 +26,9 @@ class PcbMerging(FromBase):
     """
 
     title: ClassVar[str] = "PCB-Merging"
+    ranges: ClassVar[Ranges] = {"keep": (0, 1), "scale": (0, 10)}
     keep: float = 0.1
     scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_range("keep", self.keep, 0, 1)
-        check_range("scale", self.scale, 0, 10)
 
     def combine(self, tasks: Tasks) -> State:
         return pcb(tasks.vectors, self.keep, self.scale)
@@ -76,15 +72,10 @@ class Consensus(FromBase):
     """
 
     title: ClassVar[str] = "Consensus TA"
+    ranges: ClassVar[Ranges] = {"threshold": (0, 100), "agree": (0, 10**6), "scale": (0, 10)}
     threshold: float = 0.4
     agree: int = 2
     scale: float = 0.3
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_range("threshold", self.threshold, 0, 100)
-        check_range("agree", self.agree, 0, 10**6)
-        check_range("scale", self.scale, 0, 10)
 
     def combine(self, tasks: Tasks) -> State:
         return consensus(tasks.vectors, self.threshold, self.agree, self.scale)
@@ -110,13 +101,9 @@ class Widen(FromBase):
     """
 
     title: ClassVar[str] = "WIDEN"
+    ranges: ClassVar[Ranges] = {"above": (0, 100), "full": (0, 10)}
     above: float = 1.0
     full: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_range("above", self.above, 0, 100)
-        check_range("full", self.full, 0, 10)
 
     def combine(self, tasks: Tasks) -> State:
         return {

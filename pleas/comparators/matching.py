@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from pleas.comparators.comparator import Case, Need, State
-from pleas.comparators.one_size import Canvas, OneSize, check_range
+from pleas.comparators.one_size import Canvas, OneSize, Ranges
 from pleas.evidence import Evidence
 from pleas.layers.layer import BATCH_NORM
 from pleas.matching.activations import activation_similarities
@@ -34,11 +34,8 @@ class MuDSC(OneSize):
 
     title: ClassVar[str] = "MuDSC"
     needs: ClassVar[frozenset[Need]] = frozenset({"statistics"})
+    ranges: ClassVar[Ranges] = {"alpha": (0, 1)}
     alpha: float = 0.5
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_range("alpha", self.alpha, 0, 1)
 
     def align(self, case: Case) -> Evidence:
         pairs = _MixedPairs(case.evidence.parents, case.evidence.statistics, self.alpha)
@@ -125,13 +122,9 @@ class StraightThrough(OneSize):
     title: ClassVar[str] = "straight-through"
     needs: ClassVar[frozenset[Need]] = frozenset({"images", "gradients", "shared labels"})
     most_parents: ClassVar[int | None] = 2
+    ranges: ClassVar[Ranges] = {"steps": (1, 10**5), "rate": (1e-9, 1e3)}
     steps: int = 50
     rate: float = 1e-2
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_range("steps", self.steps, 1, 10**5)
-        check_range("rate", self.rate, 1e-9, 1e3)
 
     def align(self, case: Case) -> Evidence:
         evidence = case.evidence

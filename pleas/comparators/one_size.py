@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 from torch import Tensor, nn
 
@@ -20,6 +21,7 @@ from pleas.solve.propagate import averaged_state
 from pleas.symmetry import identity
 
 Repair = Literal["none", "proxies", "closed", "rescale"]
+Ranges = Mapping[str, tuple[float, float]]
 Order = Literal["recipe", "none", "weights", "activations"]
 
 
@@ -90,10 +92,13 @@ class OneSize(Comparator):
             from the statistics; "rescale" re-estimates them and rescales the units of layers without one; "none"
     """
 
+    ranges: ClassVar[Ranges] = {}  # field -> lowest and highest value
     repair: Repair = "proxies"
 
     def __post_init__(self) -> None:
         check_choice("repair", self.repair, get_args(Repair))
+        for name, (low, high) in self.ranges.items():
+            check_range(name, getattr(self, name), low, high)
 
     def __call__(self, case: Case) -> nn.Module:
         canvas = Canvas.of(self.align(case))

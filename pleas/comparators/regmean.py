@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from pleas.comparators.comparator import Case, Need, State
-from pleas.comparators.one_size import Canvas, OneSize, check_range, in_order
+from pleas.comparators.one_size import Canvas, OneSize, Ranges, in_order
 from pleas.comparators.rows import (
     Grams,
     add_gram,
@@ -44,12 +44,9 @@ class RegMean(OneSize):
 
     title: ClassVar[str] = "RegMean"
     needs: ClassVar[frozenset[Need]] = frozenset({"images"})
+    ranges: ClassVar[Ranges] = {"off_diagonal": (0, 1)}
     off_diagonal: float = 0.9
     permute: bool = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_range("off_diagonal", self.off_diagonal, 0, 1)
 
     def align(self, case: Case) -> Evidence:
         return in_order(case.evidence, "recipe" if self.permute else "none")

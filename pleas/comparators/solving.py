@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from pleas.comparators.comparator import Case, Comparator, Need, State
-from pleas.comparators.one_size import Canvas, OneSize, check_range
+from pleas.comparators.one_size import Canvas, OneSize, Ranges
 from pleas.evidence import Evidence
 from pleas.layers.layer import Layer
 from pleas.matching.assign import AxisName
@@ -39,15 +39,10 @@ class PublishedPLeaS(OneSize):
 
     title: ClassVar[str] = "PLeaS as published"
     needs: ClassVar[frozenset[Need]] = frozenset({"matching", "images", "gradients"})
+    ranges: ClassVar[Ranges] = {"steps": (1, 10**6), "batch": (1, 10**6), "rate": (1e-9, 1e3)}
     steps: int = 400
     batch: int = 32
     rate: float = 5e-4
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_range("steps", self.steps, 1, 10**6)
-        check_range("batch", self.batch, 1, 10**6)
-        check_range("rate", self.rate, 1e-9, 1e3)
 
     def merge(self, canvas: Canvas, case: Case) -> State:
         evidence = canvas.evidence

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pleas.comparators.comparator import State
-from pleas.comparators.one_size import check_range
+from pleas.comparators.one_size import Ranges
 from pleas.comparators.vectors import FromBase, Tasks, Vectors, each, largest
 
 
@@ -41,11 +41,8 @@ class IsoC(FromBase):
     """
 
     title: ClassVar[str] = "Iso-C"
+    ranges: ClassVar[Ranges] = {"scale": (0, 10)}
     scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_range("scale", self.scale, 0, 10)
 
     def combine(self, tasks: Tasks) -> State:
         return {name: self.scale * value for name, value in iso_c(tasks.vectors).items()}
@@ -69,11 +66,8 @@ class TsvMerge(FromBase):
     """
 
     title: ClassVar[str] = "TSV-Merge"
+    ranges: ClassVar[Ranges] = {"scale": (0, 10)}
     scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_range("scale", self.scale, 0, 10)
 
     def combine(self, tasks: Tasks) -> State:
         return {name: self.scale * value for name, value in tsv(tasks.vectors).items()}
@@ -121,13 +115,9 @@ class Wudi(FromBase):
     """
 
     title: ClassVar[str] = "WUDI"
+    ranges: ClassVar[Ranges] = {"steps": (0, 10**6), "rate": (0, 1)}
     steps: int = 300
     rate: float = 1e-5
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_range("steps", self.steps, 0, 10**6)
-        check_range("rate", self.rate, 0, 1)
 
     def combine(self, tasks: Tasks) -> State:
         return wudi(tasks.vectors, self.steps, self.rate)
@@ -171,19 +161,18 @@ class Doge(FromBase):
     """
 
     title: ClassVar[str] = "DOGE TA"
+    ranges: ClassVar[Ranges] = {
+        "size": (0, 1000),
+        "subspace": (1, 10**6),
+        "keep": (0, 1),
+        "steps": (0, 10**6),
+        "rate": (0, 1),
+    }
     size: float = 0.07
     subspace: int = 6
     keep: float = 0.3
     steps: int = 400
     rate: float = 1e-4
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_range("size", self.size, 0, 1000)
-        check_range("subspace", self.subspace, 1, 10**6)
-        check_range("keep", self.keep, 0, 1)
-        check_range("steps", self.steps, 0, 10**6)
-        check_range("rate", self.rate, 0, 1)
 
     def combine(self, tasks: Tasks) -> State:
         matrices = {

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pleas.comparators.comparator import Case, State
-from pleas.comparators.one_size import Canvas, OneSize, check_range, in_order
+from pleas.comparators.one_size import Canvas, OneSize, Ranges, check_range, in_order
 from pleas.comparators.vectors import FromBase, Tasks, Vectors, each, largest, total, whole
 from pleas.evidence import Evidence
 
@@ -25,11 +25,8 @@ class TaskArithmetic(FromBase):
     """
 
     title: ClassVar[str] = "task arithmetic"
+    ranges: ClassVar[Ranges] = {"scale": (0, 10)}
     scale: float = 0.3
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_range("scale", self.scale, 0, 10)
 
     def combine(self, tasks: Tasks) -> State:
         return total(tasks.vectors, self.scale)
@@ -44,13 +41,9 @@ class Ties(FromBase):
     """
 
     title: ClassVar[str] = "TIES"
+    ranges: ClassVar[Ranges] = {"keep": (0, 1), "scale": (0, 10)}
     keep: float = 0.2
     scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_range("keep", self.keep, 0, 1)
-        check_range("scale", self.scale, 0, 10)
 
     def combine(self, tasks: Tasks) -> State:
         return ties(tasks.vectors, self.keep, self.scale)
@@ -78,13 +71,9 @@ class Dare(FromBase):
     """
 
     title: ClassVar[str] = "DARE"
+    ranges: ClassVar[Ranges] = {"drop": (0, 0.999), "scale": (0, 10)}
     drop: float = 0.5
     scale: float = 0.3
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_range("drop", self.drop, 0, 0.999)
-        check_range("scale", self.scale, 0, 10)
 
     def combine(self, tasks: Tasks) -> State:
         return dare(tasks.vectors, self.drop, self.scale, tasks.case.seed)
@@ -178,11 +167,8 @@ class Slerp(OneSize):
 
     title: ClassVar[str] = "SLERP"
     most_parents: ClassVar[int | None] = 2
+    ranges: ClassVar[Ranges] = {"place": (0, 1)}
     place: float = 0.5
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_range("place", self.place, 0, 1)
 
     def align(self, case: Case) -> Evidence:
         return in_order(case.evidence, "none")
